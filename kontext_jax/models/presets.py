@@ -1,0 +1,169 @@
+"""Published sizes: the configurations of every model, and what a preset asks for by default.
+
+A config holds what the network's shape depends on, nothing of how it is run. `Preset` adds the
+defaults of the published command lines (BFL `cli*.py`, and `util.py` for the sizes).
+"""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class MMDiTConfig:
+    """Rectified-flow transformer with double- and single-stream blocks (BFL `FluxParams`)."""
+
+    in_channels: int = 64
+    out_channels: int = 64
+    vec_in_dim: int = 768
+    context_in_dim: int = 4096
+    hidden_size: int = 3072
+    mlp_ratio: float = 4.0
+    num_heads: int = 24
+    depth: int = 19
+    depth_single_blocks: int = 38
+    axes_dim: tuple[int, ...] = (16, 56, 56)
+    theta: int = 10_000
+    qkv_bias: bool = True
+    guidance_embed: bool = True
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}"
+            )
+        if sum(self.axes_dim) != self.head_dim or any(d % 2 for d in self.axes_dim):
+            raise ValueError(
+                f"axes_dim {self.axes_dim} must be even and sum to the head's "
+                f"{self.head_dim} channels (hidden_size / num_heads)"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """Convolutional autoencoder, 8× down each way, no quant convolutions (BFL `AutoEncoderParams`)."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 16
+    norm_groups: int = 32
+    latent_scale: float = 0.3611  # latents = latent_scale · (z − latent_shift)
+    latent_shift: float = 0.1159
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """T5 v1.1 encoder (gated GELU, no biases)."""
+
+    vocab_size: int = 32128
+    d_model: int = 4096
+    d_kv: int = 64
+    d_ff: int = 10240
+    num_layers: int = 24
+    num_heads: int = 64
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig:
+    """CLIP text encoder (causal; pooled at the end-of-text token)."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = (
+        2  # 2: legacy pooling, at the highest token id; otherwise at the first such id
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A whole model: four networks, and the defaults of a request that names none."""
+
+    name: str
+    mmdit: MMDiTConfig
+    vae: VAEConfig = VAEConfig()
+    t5: T5Config = T5Config()
+    clip: CLIPConfig = CLIPConfig()
+    shift_timesteps: bool = True  # schnell samples on the unshifted grid
+    default_num_steps: int | None = None  # None: the numerics' default
+    default_guidance: float | None = None  # likewise; unused without guidance_embed
+    max_text_tokens: int = 512
+    megapixels: float = 1.048576  # area of pictures when a request names no size
+    takes_references: bool = True
+    non_commercial: bool = False  # published under the FLUX.1 [dev] Non-Commercial License
+
+
+_TINY_MMDIT = MMDiTConfig(
+    vec_in_dim=64,
+    context_in_dim=64,
+    hidden_size=128,
+    num_heads=4,
+    depth=2,
+    depth_single_blocks=4,
+    axes_dim=(8, 12, 12),
+)
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset("kontext-dev", MMDiTConfig(), non_commercial=True),
+        Preset(
+            "flux-dev",
+            MMDiTConfig(),
+            default_num_steps=50,
+            default_guidance=2.5,
+            takes_references=False,
+            non_commercial=True,
+        ),
+        Preset(
+            "krea-dev",
+            MMDiTConfig(),
+            default_num_steps=28,
+            default_guidance=4.5,
+            takes_references=False,
+            non_commercial=True,
+        ),
+        Preset(
+            "flux-schnell",
+            MMDiTConfig(guidance_embed=False),
+            shift_timesteps=False,
+            default_num_steps=4,
+            max_text_tokens=256,
+            takes_references=False,
+        ),
+        Preset(
+            "tiny",
+            _TINY_MMDIT,
+            vae=VAEConfig(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1),
+            t5=T5Config(vocab_size=1024, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4),
+            clip=CLIPConfig(
+                vocab_size=1024,
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+            ),
+            default_num_steps=8,
+            max_text_tokens=128,
+            megapixels=0.065536,
+        ),
+    )
+}

@@ -1,0 +1,57 @@
+"""Shared vocabulary: the legend of dimension letters, array aliases and the `typed` decorator.
+
+Letters used in shape annotations:
+
+    B       batch
+    L       image tokens (target and references on one axis)
+    T       text tokens
+    S       all tokens of one sequence, text first: S = T + L
+    C       channels of an image token, 64 = 16 latent channels × 2 × 2
+    D       width of the transformer
+    H, Dh   attention heads, channels of a head
+    M       width of an MLP's hidden layer
+    N       layers of a stack (scanned modules stack their parameters on axis 0)
+    Z       latent channels of the autoencoder
+    height, width   pixels or latent cells, as the name in front says
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from beartype import beartype
+from jaxtyping import Array, Float, Int, UInt8, jaxtyped
+
+Params = dict[str, Any]
+"""A plain nested dict of arrays; the leaves of what Flax calls the "params" collection."""
+
+Tokens = Float[Array, "B L C"]
+Latents = Float[Array, "B latent_height latent_width Z"]
+Image = Float[Array, "B height width 3"]
+"""Pixels in [-1, 1]."""
+
+VelocityFn = Callable[[jax.Array, jax.Array, Any], jax.Array]
+"""`velocity_fn(x_t, t, step_input) -> velocity`: [B, L, C], [B], pytree or None → [B, L, C].
+
+What a sampler or an objective knows of a network. `step_input` is whatever the maker of the function
+prepared for this step (for the MMDiT: its modulation vectors), or None to have it computed from `t`.
+"""
+
+
+def typed(function: Callable) -> Callable:
+    """Checks the annotated shapes and dtypes of a public function while it is traced."""
+    return jaxtyped(function, typechecker=beartype)
+
+
+__all__ = [
+    "Array",
+    "Float",
+    "Image",
+    "Int",
+    "Latents",
+    "Params",
+    "Tokens",
+    "UInt8",
+    "VelocityFn",
+    "typed",
+]
