@@ -1,9 +1,10 @@
 """Where the published implementations differ in arithmetic, and which rule we follow.
 
 Black Forest Labs' code and diffusers give different pixels from the same weights. `EXACT` is the
-default: float32 arithmetic where the references round, with BFL's rules for sizes and defaults. `BFL`
-and `DIFFUSERS` reproduce each reference for users who need the same picture. Every rounding below is to
-the *compute dtype* of the run, so with float32 the three agree up to the rules for sizes and bytes.
+default: float32 arithmetic where the references round, with BFL's rules for sizes and defaults.
+`BFL` and `DIFFUSERS` reproduce each reference for users who need the same picture. Every rounding
+below is to the *compute dtype* of the run, so with float32 the three agree up to the rules for
+sizes and bytes.
 """
 
 import dataclasses

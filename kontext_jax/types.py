@@ -33,8 +33,9 @@ Image = Float[Array, "B height width 3"]
 VelocityFn = Callable[[jax.Array, jax.Array, Any], jax.Array]
 """`velocity_fn(x_t, t, step_input) -> velocity`: [B, L, C], [B], pytree or None → [B, L, C].
 
-What a sampler or an objective knows of a network. `step_input` is whatever the maker of the function
-prepared for this step (for the MMDiT: its modulation vectors), or None to have it computed from `t`.
+What a sampler or an objective knows of a network. `step_input` is whatever the maker of the
+function prepared for this step (for the MMDiT: its modulation vectors), or None to have it computed
+from `t`.
 """
 
 

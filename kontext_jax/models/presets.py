@@ -48,7 +48,7 @@ class MMDiTConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-    """Convolutional autoencoder, 8× down each way, no quant convolutions (BFL `AutoEncoderParams`)."""
+    """Convolutional autoencoder, 8× down, no quant convolutions (BFL `AutoEncoderParams`)."""
 
     in_channels: int = 3
     out_channels: int = 3
