@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 from beartype import beartype
-from jaxtyping import Array, Float, Int, UInt8, jaxtyped
+from jaxtyping import Array, Bool, Float, Int, UInt8, jaxtyped
 
 Params = dict[str, Any]
 """A plain nested dict of arrays; the leaves of what Flax calls the "params" collection."""
@@ -46,6 +46,7 @@ def typed(function: Callable) -> Callable:
 
 __all__ = [
     "Array",
+    "Bool",
     "Float",
     "Image",
     "Int",
