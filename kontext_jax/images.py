@@ -1,0 +1,279 @@
+"""Picture files to arrays and back: orientation, colour modes, resizing, PNG with metadata.
+
+Pixels are uint8 [height, width, 3], upright, RGB. Resizing is Pillow's Lanczos straight to the
+chosen size, as in both references (BFL `prepare_kontext`, diffusers `VaeImageProcessor`). The way
+to RGB is BFL's too: `convert("RGB")`, which drops transparency. Where Pillow would clip (16-bit
+grey) the values are scaled, and EXIF orientation, which the references ignore, is applied.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, PngImagePlugin
+
+Box = tuple[float, float, float, float]
+"""(left, top, right, bottom) in pixels of a picture; may reach outside of it."""
+
+MAX_PIXELS = 178_956_970  # where Pillow refuses as well: 0.5 GiB of RGB
+METADATA_KEY = "kontext_jax"
+
+# What Pillow may try. Left out are formats that run another program (EPS) or fetch things (WMF).
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "TIFF",
+    "BMP",
+    "MPO",
+    "PPM",
+    "TGA",
+    "ICO",
+    "AVIF",
+    "JPEG2000",
+)
+_EXIF_ORIENTATION = 0x0112
+_ORIENTATIONS = {
+    2: "mirrored",
+    3: "turned by 180°",
+    4: "flipped",
+    5: "mirrored and turned",
+    6: "turned by 90°",
+    7: "mirrored and turned",
+    8: "turned by 270°",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture as it is on disk, upright and in RGB."""
+
+    name: str  # as the user gave it
+    pixels: np.ndarray  # uint8 [height, width, 3]
+    sha256: str  # of the file's bytes
+    notes: tuple[str, ...]  # what was done to get here: "first of 5 frames", "CMYK → RGB", …
+
+    @property
+    def width_px(self) -> int:
+        return self.pixels.shape[1]
+
+    @property
+    def height_px(self) -> int:
+        return self.pixels.shape[0]
+
+
+def load_picture(path: str | os.PathLike, name: str | None = None) -> Picture:
+    """Reads a picture file: first frame, EXIF orientation applied, 8-bit RGB.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a directory, an empty file, no picture, a broken one, or more than MAX_PIXELS.
+    """
+    path = Path(path)
+    name = str(path) if name is None else name
+    if not path.exists():
+        raise FileNotFoundError(f"image {name}: no such file")
+    if not path.is_file():
+        kind = "a directory" if path.is_dir() else "not a regular file"
+        raise ValueError(f"image {name} is {kind}; expected a picture file")
+    if path.stat().st_size == 0:
+        raise ValueError(f"image {name} is an empty file (0 bytes); expected a picture file")
+    with _opened(path, name) as image:
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(_too_large(name, f"{width}×{height}"))
+        notes = []
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1:
+            notes.append(f"first of {frames} frames")
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+        image.load()
+        if orientation in _ORIENTATIONS:
+            image = ImageOps.exif_transpose(image)
+            notes.append(f"{_ORIENTATIONS[orientation]} (EXIF orientation {orientation})")
+        pixels, colour_note = _to_rgb(image, name)
+        notes += [colour_note] if colour_note else []
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Picture(name, pixels, digest, tuple(notes))
+
+
+@contextlib.contextmanager
+def _opened(path: Path, name: str) -> Iterator[Image.Image]:
+    """Opens a picture; what Pillow raises inside the block becomes a ValueError with its name."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # our own limit is below, and broken EXIF only warns
+            with Image.open(path, formats=FORMATS) as image:
+                yield image
+    except Image.DecompressionBombError as error:
+        raise ValueError(_too_large(name, "more")) from error
+    except Image.UnidentifiedImageError as error:
+        with path.open("rb") as file:
+            head = file.read(16)
+        heic = head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"heif")
+        found = "is a HEIC picture" if heic else "is not a picture"
+        raise ValueError(
+            f"image {name} {found} that can be read; expected one of {', '.join(FORMATS)}: "
+            "save it as PNG or JPEG"
+        ) from error
+    except PermissionError as error:
+        raise ValueError(f"image {name} may not be read: {error.strerror}") from error
+    except ValueError as error:
+        if str(error).startswith("image "):
+            raise
+        raise ValueError(f"image {name} is damaged: {error}") from error
+    except Exception as error:  # decoders raise anything at all on hostile files
+        raise ValueError(f"image {name} is damaged: {error or type(error).__name__}") from error
+
+
+def _too_large(name: str, found: str) -> str:
+    return (
+        f"image {name} has {found} pixels, above the limit of {MAX_PIXELS:,} that guards against "
+        "decompression bombs; make it smaller first"
+    )
+
+
+def _to_rgb(image: Image.Image, name: str) -> tuple[np.ndarray, str]:
+    """Pixels uint8 [height, width, 3], and a note where the file was not 8-bit RGB."""
+    mode = image.mode
+    if mode == "RGB":
+        return np.array(image), ""
+    if mode == "I" or mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError(
+                f"image {name} holds 32-bit values from {grey.min()} to {grey.max()}; "
+                "save it with 8 or 16 bits a channel"
+            )
+        grey = ((grey + 128) // 257).astype(np.uint8)  # nearest of 256 levels; 65535 → 255
+        return np.repeat(grey[..., None], 3, axis=-1), "16-bit grey → 8-bit RGB, scaled"
+    if mode == "F":
+        raise ValueError(
+            f"image {name} holds floating-point values, whose range is not known; "
+            "save it with 8 or 16 bits a channel"
+        )
+    note = {"L": "grey → RGB", "1": "1-bit → RGB", "P": "palette → RGB"}.get(mode, f"{mode} → RGB")
+    if _has_transparency(image):
+        note += ", transparency dropped"
+    return np.array(image.convert("RGB")), note
+
+
+def _has_transparency(image: Image.Image) -> bool:
+    """Whether some pixel is not opaque."""
+    if not image.has_transparency_data:
+        return False
+    return image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+
+
+def resize(pixels: np.ndarray, width_px: int, height_px: int, box: Box | None = None) -> np.ndarray:
+    """Resizes uint8 [height, width, 3] by Lanczos; with `box`, only that part of the picture.
+
+    The box may reach outside, where the picture is continued by its mirror image.
+    """
+    height, width = pixels.shape[:2]
+    if box is None:
+        box = (0, 0, width, height)
+    left, top, right, bottom = box
+    before_x, before_y = max(0, math.ceil(-left)), max(0, math.ceil(-top))
+    after_x, after_y = max(0, math.ceil(right - width)), max(0, math.ceil(bottom - height))
+    if before_x or before_y or after_x or after_y:
+        margins = ((before_y, after_y), (before_x, after_x), (0, 0))
+        pixels = np.pad(pixels, margins, mode="symmetric")
+        box = (left + before_x, top + before_y, right + before_x, bottom + before_y)
+    # Rounding may leave the box a hair outside, which Pillow refuses.
+    box = (
+        max(box[0], 0),
+        max(box[1], 0),
+        min(box[2], pixels.shape[1]),
+        min(box[3], pixels.shape[0]),
+    )
+    image = Image.fromarray(pixels)
+    return np.array(image.resize((width_px, height_px), Image.Resampling.LANCZOS, box=box))
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Finds out, before any computing, whether a PNG can be written at `path`.
+
+    Raises:
+      ValueError: another suffix than .png, a directory, or a place where no file can be made.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"output {path} is a directory; give a file name, such as {path}/out.png")
+    if path.suffix.lower() != ".png":
+        raise ValueError(
+            f"output {path} does not end in .png; pictures are written as PNG only, without loss "
+            "and with the request as metadata"
+        )
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    probe = parent / f".{path.name}.{os.getpid()}.part"
+    try:
+        if not parent.is_dir():
+            raise NotADirectoryError(f"{parent} is not a directory")
+        probe.open("xb").close()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"output {path} cannot be written: {error.strerror or error}; choose another with -o"
+        ) from error
+
+
+def write_png(path: str | os.PathLike, pixels: np.ndarray, metadata: Mapping[str, Any]) -> None:
+    """Writes uint8 [height, width, 3] with `metadata` as JSON, beside the place and then renamed.
+
+    The same pixels and metadata give the same bytes: no time and no path is kept.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Software", "kontext_jax (picture made by a generative model)")
+    info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False, sort_keys=True))
+    part = path.parent / f".{path.name}.{os.getpid()}.part"
+    try:
+        with part.open("xb") as file:
+            Image.fromarray(pixels).save(file, format="PNG", pnginfo=info)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """The metadata of a PNG that `write_png` wrote.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: no PNG of ours, or its metadata is damaged or was stripped.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"image {path}: no such file")
+    if not path.is_file():
+        raise ValueError(f"image {path} is not a file; expected a PNG written by kontext_jax")
+    with _opened(path, str(path)) as image:
+        image.load()  # chunks may stand behind the pixels
+        text = getattr(image, "text", {}).get(METADATA_KEY)
+    if text is None:
+        raise ValueError(
+            f"image {path} holds no kontext_jax metadata: another program wrote it, or saved it "
+            "again and stripped the text"
+        )
+    try:
+        metadata = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"image {path}: its kontext_jax metadata is damaged: {error}") from error
+    if not isinstance(metadata, dict):
+        raise ValueError(f"image {path}: its kontext_jax metadata is damaged: not an object")
+    return metadata

@@ -1,0 +1,319 @@
+"""What a user asks for: checked early, completed by the model's defaults, with its pictures.
+
+`SampleRequest` is the one description of an edit, whether it comes from flags, from a line of a
+jobs file or from a picture's metadata. Its checks need no model; `complete` adds those that do.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args
+
+from kontext_jax.images import Picture, load_picture
+from kontext_jax.latents import PositionRule
+from kontext_jax.models.presets import Preset
+from kontext_jax.numerics import NUMERICS, Numerics
+from kontext_jax.sizes import SizePlan, plan_sizes
+
+EXAMPLES = {"example:cat": "cat.jpg"}  # pictures that ship with the package
+MAX_SEED = 2**32 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleRequest:
+    """One edit, or one picture from text where `images` is empty.
+
+    Raises:
+      ValueError: a value of the wrong type or range, or options that have nothing to act on.
+    """
+
+    prompt: str
+    negative_prompt: str | None = None  # true classifier-free guidance, with true_cfg_scale
+    true_cfg_scale: float = 1.0  # 1: none
+    images: tuple[str, ...] = ()  # files, or names of EXAMPLES
+    size: str | None = None  # "WxH", "W:H" or "match"; None: the first reference's
+    megapixels: float | None = None  # area of target and references, 10⁶ pixels
+    reference_size: str = "auto"  # or "match": references keep their own sizes
+    restore_size: bool = False  # result at the first image's own size, nothing stretched
+    num_images: int = 1  # picture i has seed + i
+    seed: int = 0
+    num_steps: int | None = None
+    guidance: float | None = None
+    numerics: str = "exact"
+    position_rule: PositionRule = "index"
+    text_mask: bool = False  # mask padding out of the text features; no model was trained so
+    then: tuple[str, ...] = ()  # prompts of further turns, each edits the result of the one before
+
+    def __post_init__(self):
+        for field, kind in _TYPES.items():
+            value = getattr(self, field)
+            if kind == "strings":
+                if isinstance(value, str) or not all(isinstance(v, str) for v in value):
+                    raise ValueError(f"{field} is {value!r}; expected a list of strings")
+                object.__setattr__(self, field, tuple(value))
+            elif value is not None or field not in _OPTIONAL:
+                _check_type(field, value, kind)
+        for prompt in (self.prompt, *self.then):
+            if not prompt.strip():
+                raise ValueError("a prompt is empty; say what the picture should become")
+        for field, least, most in (
+            ("num_images", 1, 1000),
+            ("num_steps", 1, 1000),
+            ("seed", 0, MAX_SEED),
+            ("guidance", 0, 1000),
+            ("true_cfg_scale", 1, 1000),
+        ):
+            value = getattr(self, field)
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{_named(field)} is {value}; expected {least} to {most}")
+        if self.seed + self.num_images - 1 > MAX_SEED:
+            raise ValueError(f"seed {self.seed} + num_images {self.num_images} exceeds {MAX_SEED}")
+        for field, choices in (
+            ("numerics", tuple(NUMERICS)),
+            ("position_rule", get_args(PositionRule)),
+            ("reference_size", ("auto", "match")),
+        ):
+            if (value := getattr(self, field)) not in choices:
+                raise ValueError(
+                    f"{_named(field)} is {value!r}{did_you_mean(value, choices)}; "
+                    f"expected one of {', '.join(choices)}"
+                )
+        if self.negative_prompt is not None and self.true_cfg_scale == 1:
+            raise ValueError(
+                "a negative prompt has no effect without true classifier-free guidance; give "
+                "true_cfg_scale (--true-cfg) a value above 1, such as 2"
+            )
+        if self.true_cfg_scale > 1 and self.negative_prompt is None:
+            raise ValueError(
+                f"{_named('true_cfg_scale')} is {self.true_cfg_scale:g}, but there is no negative "
+                'prompt to guide away from; add one, or "" for none'
+            )
+        if not self.images and self.position_rule != "index" and not self.then:
+            raise ValueError(
+                f"{_named('position_rule')} places reference images, and there are none"
+            )
+
+
+_TYPES = {
+    "prompt": str,
+    "negative_prompt": str,
+    "true_cfg_scale": float,
+    "images": "strings",
+    "size": str,
+    "megapixels": float,
+    "reference_size": str,
+    "restore_size": bool,
+    "num_images": int,
+    "seed": int,
+    "num_steps": int,
+    "guidance": float,
+    "numerics": str,
+    "position_rule": str,
+    "text_mask": bool,
+    "then": "strings",
+}
+_OPTIONAL = {"negative_prompt", "size", "megapixels", "num_steps", "guidance"}
+_FLAGS = {"num_steps": "--steps", "true_cfg_scale": "--true-cfg"}
+
+
+def _named(field: str) -> str:
+    """A field as its user knows it, by key and by flag."""
+    return f"{field} ({_FLAGS.get(field, '--' + field.replace('_', '-'))})"
+
+
+def _check_type(field: str, value: Any, kind: type) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is float:
+        fits = number and math.isfinite(value)
+    elif kind is int:
+        fits = number and isinstance(value, int)
+    else:
+        fits = isinstance(value, kind)
+    if not fits:
+        expected = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+        raise ValueError(f"{_named(field)} is {value!r}; expected {expected[kind]}")
+
+
+def did_you_mean(word: Any, choices: Sequence[str]) -> str:
+    """ ", did you mean …?" for the nearest of `choices`, or nothing."""
+    near = difflib.get_close_matches(str(word), choices, n=1, cutoff=0.5)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def request_from_dict(values: Mapping[str, Any]) -> SampleRequest:
+    """A request from JSON's types.
+
+    Raises:
+      ValueError: unknown keys (with the nearest valid one), no prompt, or a bad value.
+    """
+    fields = tuple(_TYPES)
+    if unknown := sorted(set(values) - set(fields)):
+        named = ", ".join(f"{key!r}{did_you_mean(key, fields)}" for key in unknown)
+        raise ValueError(f"unknown key {named}; valid keys are {', '.join(fields)}")
+    if "prompt" not in values:
+        raise ValueError("there is no prompt; say what the picture should become")
+    return SampleRequest(**values)
+
+
+def request_to_dict(request: SampleRequest) -> dict[str, Any]:
+    """Inverse of `request_from_dict`, in JSON's types."""
+    values = dataclasses.asdict(request)
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def complete(request: SampleRequest, preset: Preset) -> SampleRequest:
+    """The request with the defaults of the model and of its numerics filled in.
+
+    Raises:
+      ValueError: an option that this model does not have.
+    """
+    numerics = NUMERICS[request.numerics]
+    if not preset.takes_references and (request.images or request.then):
+        raise ValueError(
+            f"{preset.name} makes pictures from text only and cannot edit one; use kontext-dev, or "
+            f"leave out {'--image' if request.images else '--then'}"
+        )
+    guidance = request.guidance
+    if not preset.mmdit.guidance_embed and guidance is not None:
+        raise ValueError(
+            f"{preset.name} takes no guidance, and guidance (--guidance) is {guidance:g}; leave it "
+            "out, or use --true-cfg with --negative-prompt"
+        )
+    if preset.mmdit.guidance_embed and guidance is None:
+        guidance = preset.default_guidance
+        guidance = numerics.default_guidance if guidance is None else guidance
+    num_steps = request.num_steps
+    if num_steps is None:
+        num_steps = preset.default_num_steps or numerics.default_num_steps
+    return dataclasses.replace(request, num_steps=num_steps, guidance=guidance)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedRequest:
+    """A complete request with its pictures read and all sizes decided."""
+
+    request: SampleRequest
+    pictures: tuple[Picture, ...]
+    sizes: SizePlan
+
+    @property
+    def numerics(self) -> Numerics:
+        return NUMERICS[self.request.numerics]
+
+    def lines(self) -> list[str]:
+        """One line for every image: what it is, what was done to it, and what comes out."""
+        output = "output {}×{}".format(*self.sizes.output)
+        if self.sizes.restore:
+            output += " → {}×{}, stretched 0 %".format(*self.sizes.restore.size)
+        if not self.pictures:
+            return [f"no image → {output}"]
+        lines = []
+        for picture, fit in zip(self.pictures, self.sizes.references, strict=True):
+            own = (picture.width_px, picture.height_px)
+            line = "{} {}×{}".format(picture.name, *own)
+            if picture.notes:
+                line += f" [{'; '.join(picture.notes)}]"
+            done = []
+            if fit.box != (0, 0, *own):
+                width, height = fit.box[2] - fit.box[0], fit.box[3] - fit.box[1]
+                done.append(f"{100 * (1 - own[0] * own[1] / (width * height)):.1f} % filled up")
+            done.append(f"stretched {100 * abs(fit.stretch):.2g} %")
+            how = "as it is" if fit.size == own else f"Lanczos, {', '.join(done)}"
+            line += " → reference {}×{} ({})".format(*fit.size, how)
+            lines.append(line)
+        lines[0] += f" → {output}"
+        return lines
+
+
+def find_image(name: str, folder: Path | None = None) -> Path:
+    """The file that an image's name means: an example, or a path (relative to `folder`)."""
+    if name in EXAMPLES:
+        return Path(str(resources.files("kontext_jax") / "assets" / EXAMPLES[name]))
+    if name.startswith("example:"):
+        raise ValueError(
+            f"there is no {name}{did_you_mean(name, tuple(EXAMPLES))}; the pictures that ship with "
+            f"kontext_jax are {', '.join(EXAMPLES)}"
+        )
+    return Path(name) if folder is None else folder / name
+
+
+def prepare(request: SampleRequest, preset: Preset, folder: Path | None = None) -> PreparedRequest:
+    """Completes a request, reads its pictures and decides all sizes.
+
+    Args:
+      folder: what relative names of images are relative to; None for the working directory.
+
+    Raises:
+      FileNotFoundError, ValueError: see `complete`, `load_picture` and `plan_sizes`.
+    """
+    request = complete(request, preset)
+    pictures = tuple(load_picture(find_image(name, folder), name) for name in request.images)
+    sizes = plan_sizes(
+        [(p.width_px, p.height_px) for p in pictures],
+        numerics=NUMERICS[request.numerics],
+        preset_megapixels=preset.megapixels,
+        size=request.size,
+        megapixels=request.megapixels,
+        match_references=request.reference_size == "match",
+        restore=request.restore_size,
+    )
+    return PreparedRequest(request, pictures, sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One line of a jobs file."""
+
+    line: int  # from 1
+    output: str  # file name, within the output folder
+    request: SampleRequest | None = None
+    error: str | None = None  # what is wrong with the line, instead of a request
+
+
+def read_jobs(path: str | os.PathLike) -> list[Job]:
+    """Reads a file of one JSON object a line: the fields of a request, and "output" if wanted.
+
+    A line that is wrong becomes a Job with `error`; blank lines are skipped.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: it is no text, or has no lines.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"jobs {path} is no UTF-8 text: {error}") from error
+    jobs: list[Job] = []
+    taken: set[str] = set()
+    for number, text in enumerate(lines, start=1):
+        if not text.strip():
+            continue
+        output = f"{path.stem}-{number}.png"
+        try:
+            values = json.loads(text)
+            if not isinstance(values, dict):
+                raise ValueError(f"found {type(values).__name__}, expected an object {{…}}")
+            output = _job_output(values.pop("output", output), taken)
+            jobs.append(Job(number, output, request_from_dict(values)))
+        except ValueError as error:
+            jobs.append(Job(number, output, error=str(error)))
+        taken.add(output)
+    if not jobs:
+        raise ValueError(f"jobs {path} has no lines; expected one JSON object a line")
+    return jobs
+
+
+def _job_output(name: Any, taken: set[str]) -> str:
+    if not isinstance(name, str) or not name.lower().endswith(".png"):
+        raise ValueError(f"output is {name!r}; expected a file name ending in .png")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"output {name!r} leaves the output folder; give a name inside of it")
+    if name in taken:
+        raise ValueError(f"output {name!r} is taken by an earlier line; give another name")
+    return name
