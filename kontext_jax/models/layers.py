@@ -1,0 +1,179 @@
+"""Building blocks of the transformer, and where float32 is kept whatever the compute dtype.
+
+The float32 islands are: layer and RMS norms, the rotation of q and k, softmax, the sinusoids of t
+and guidance, and the accumulator of every matmul. Everything else runs in the module's `dtype`;
+parameters may be stored in another and are cast where they are used.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+NORM_EPS = 1e-6
+TIME_FACTOR = 1000  # t and guidance are multiplied by this before their sinusoids
+TIME_EMBED_DIM = 256
+
+
+def linear_init(num_in_axes: int = 1):
+    """Xavier-uniform over all input and all output axes of a kernel [*in, *out] (DiT's rule)."""
+
+    def init(key, shape, dtype=jnp.float32):
+        limit = math.sqrt(6 / (math.prod(shape[:num_in_axes]) + math.prod(shape[num_in_axes:])))
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return init
+
+
+def _contract(x: jax.Array, kernel: jax.Array, num_axes: int, **kwargs) -> jax.Array:
+    axes = tuple(range(x.ndim - num_axes, x.ndim)), tuple(range(num_axes))
+    return lax.dot_general(x, kernel, (axes, ((), ())), **kwargs)
+
+
+def matmul(x: jax.Array, kernel: jax.Array, num_axes: int = 1) -> jax.Array:
+    """Contracts the last `num_axes` axes of x with the first of the kernel, float32 accumulator.
+
+    TPU and GPU accumulate in float32 by themselves. XLA's CPU backend has a fast bfloat16 path only
+    if the product also leaves in float32, so there it is asked for and rounded afterwards.
+    """
+    if x.dtype == jnp.float32:
+        return _contract(x, kernel, num_axes)
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=lambda x, w: _contract(x, w, num_axes, preferred_element_type=jnp.float32).astype(
+            x.dtype
+        ),
+        default=lambda x, w: _contract(x, w, num_axes),
+    )
+
+
+class Dense(nn.Module):
+    """Linear map [..., *in] → [..., *out] with kernel [*in, *out].
+
+    Attributes:
+      features: output axes.
+      num_in_axes: how many trailing axes of the input are contracted.
+    """
+
+    features: Sequence[int]
+    num_in_axes: int = 1
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    kernel_init: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (*x.shape[x.ndim - self.num_in_axes :], *self.features)
+        init = self.kernel_init or linear_init(self.num_in_axes)
+        kernel = self.param("kernel", init, shape)
+        y = matmul(x.astype(self.dtype), kernel.astype(self.dtype), self.num_in_axes)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, tuple(self.features))
+            y = y + bias.astype(self.dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + 1e-6) · scale over the last axis; float32 in and out."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + NORM_EPS)
+        return x * scale.astype(jnp.float32)
+
+
+def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """LayerNorm without affine (eps 1e-6, float32), then (1 + scale)·x + shift, in x's dtype.
+
+    Args:
+      x: [B, S, D].
+      shift: [B, D].
+      scale: [B, D].
+    """
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    normed = centred * lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + NORM_EPS)
+    shift, scale = (m[:, None, :].astype(jnp.float32) for m in (shift, scale))
+    return ((1 + scale) * normed + shift).astype(x.dtype)
+
+
+def scale_time(
+    t: jax.Array, rounding: Literal["none", "bfl", "diffusers"], dtype: Any
+) -> jax.Array:
+    """1000·t as each implementation rounds it to the compute dtype; float32.
+
+    "none" does not round. "bfl": r(r(t)·1000). "diffusers": r(r(r(1000·t)/1000)·1000), since its
+    scheduler hands out 1000·t and its pipeline divides again.
+    """
+    t = t.astype(jnp.float32)
+    if rounding == "none":
+        return TIME_FACTOR * t
+
+    def r(value):
+        # A plain cast down and up may be removed by the compiler as excess precision.
+        info = jnp.finfo(dtype)
+        return lax.reduce_precision(value, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+
+    if rounding == "diffusers":
+        t = r(t * TIME_FACTOR) / TIME_FACTOR
+    elif rounding != "bfl":
+        raise ValueError(f"unknown timestep_rounding {rounding!r}; choose none, bfl or diffusers")
+    return r(r(t) * TIME_FACTOR)
+
+
+def timestep_embedding(scaled_t: jax.Array, dim: int = TIME_EMBED_DIM) -> jax.Array:
+    """Sinusoids of a time already multiplied by 1000, cosines first: [...] → float32 [..., dim]."""
+    half = dim // 2
+    frequencies = np.exp(-math.log(10_000) * np.arange(half) / half).astype(np.float32)
+    args = scaled_t.astype(jnp.float32)[..., None] * frequencies
+    return jnp.concatenate([jnp.cos(args), jnp.sin(args)], axis=-1)
+
+
+class MLPEmbedder(nn.Module):
+    """Linear, SiLU, linear: [..., in] → [..., D]; for t, guidance and pooled text."""
+
+    hidden_size: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.silu(Dense((self.hidden_size,), dtype=self.dtype, name="in_layer")(x))
+        return Dense((self.hidden_size,), dtype=self.dtype, name="out_layer")(x)
+
+
+class Modulation(nn.Module):
+    """Shift, scale and gate vectors of all layers of a stack: [..., B, D] → [..., B, N, chunks, D].
+
+    One kernel [N, D, chunks, D] serves the whole stack, outside its scan (`num_layers` None: one
+    layer, without the axis N).
+    """
+
+    num_layers: int | None
+    chunks: int
+    dtype: Any = jnp.float32
+    zero_init: bool = True
+
+    @nn.compact
+    def __call__(self, vec: jax.Array) -> jax.Array:
+        width = vec.shape[-1]
+        stack = () if self.num_layers is None else (self.num_layers,)
+        zeros = nn.initializers.zeros
+        init = zeros if self.zero_init else nn.initializers.normal(width**-0.5)
+        kernel = self.param("kernel", init, (*stack, width, self.chunks, width))
+        bias = self.param("bias", zeros, (*stack, self.chunks, width))
+        rows = nn.silu(vec).astype(self.dtype).reshape(-1, width)
+        kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
+        if self.num_layers is None:
+            out = matmul(rows, kernel) + bias
+        else:
+            # The layer is a batch axis of the product: the kernel is read where it lies.
+            out = jax.vmap(matmul, in_axes=(None, 0), out_axes=1)(rows, kernel) + bias
+        return out.reshape(*vec.shape[:-1], *out.shape[1:])

@@ -1,0 +1,351 @@
+"""The rectified-flow transformer of FLUX.1 and FLUX.1 Kontext: velocity from tokens and time.
+
+    vec      = time_in(1000·t) + guidance_in(1000·guidance) + vector_in(CLIP pooled)
+    double   txt and img have weights of their own and attend together, text first
+    single   one stream [txt ‖ img]; attention and MLP side by side from one norm
+    velocity = Linear((1 + scale)·LN(img) + shift)
+
+Blocks are scanned: their parameters are stacked on axis 0 (docs/architecture.md). Modulation
+stands outside the scan and takes times of any leading shape, so that a sampling run computes it for
+all its steps in one product.
+"""
+
+import functools
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from kontext_jax.models.layers import (
+    Dense,
+    MLPEmbedder,
+    Modulation,
+    RMSNorm,
+    modulated_norm,
+    scale_time,
+    timestep_embedding,
+)
+from kontext_jax.models.presets import MMDiTConfig
+from kontext_jax.numerics import EXACT, Numerics
+from kontext_jax.ops.attention import Backend, attention
+from kontext_jax.ops.rope import apply_rope
+from kontext_jax.types import Params, VelocityFn
+
+
+class ModulationVectors(NamedTuple):
+    """Shifts, scales and gates of the whole network at some times; leaves lead with [..., B]."""
+
+    double_img: jax.Array  # [..., B, N, 6, D]
+    double_txt: jax.Array  # [..., B, N, 6, D]
+    single: jax.Array  # [..., B, N, 3, D]
+    final: jax.Array  # [..., B, 2, D]
+
+
+class _Projections(nn.Module):
+    """The q, k and v of one stream, normed and rotated: [B, S, D] → three of [B, H, S, Dh]."""
+
+    config: MMDiTConfig
+    use_bias: bool
+    dtype: Any
+
+    def setup(self):
+        heads = (self.config.num_heads, self.config.head_dim)
+        project = functools.partial(Dense, heads, use_bias=self.use_bias, dtype=self.dtype)
+        self.q, self.k, self.v = project(), project(), project()
+        self.query_norm, self.key_norm = RMSNorm(), RMSNorm()
+
+    def qkv(self, x: jax.Array, pe: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q, k, v = (jnp.swapaxes(project(x), 1, 2) for project in (self.q, self.k, self.v))
+        q = apply_rope(self.query_norm(q), pe).astype(self.dtype)
+        k = apply_rope(self.key_norm(k), pe).astype(self.dtype)
+        return q, k, v
+
+    def out_projection(self, use_bias: bool) -> Dense:
+        """From heads [B, S, H, Dh] back to [B, S, D]."""
+        return Dense((self.config.hidden_size,), 2, use_bias=use_bias, dtype=self.dtype)
+
+
+class DoubleStreamAttention(_Projections):
+    """One stream's side of a double block's attention."""
+
+    def setup(self):
+        super().setup()
+        self.proj = self.out_projection(use_bias=True)
+
+    def project(self, attended: jax.Array) -> jax.Array:
+        """[B, H, S, Dh] → [B, S, D]."""
+        return self.proj(jnp.swapaxes(attended, 1, 2))
+
+
+class MLP(nn.Module):
+    """Linear, GELU (tanh), linear: [B, S, D] → [B, S, D]."""
+
+    config: MMDiTConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.gelu(Dense((self.config.mlp_dim,), dtype=self.dtype, name="in_layer")(x))
+        return Dense((self.config.hidden_size,), dtype=self.dtype, name="out_layer")(x)
+
+
+class DoubleBlock(nn.Module):
+    """Text and image with separate weights, attending over both (BFL `DoubleStreamBlock`)."""
+
+    config: MMDiTConfig
+    dtype: Any
+    attention_backend: Backend
+
+    def setup(self):
+        stream = functools.partial(
+            DoubleStreamAttention, self.config, self.config.qkv_bias, self.dtype
+        )
+        self.img_attn, self.txt_attn = stream(), stream()
+        self.img_mlp, self.txt_mlp = MLP(self.config, self.dtype), MLP(self.config, self.dtype)
+
+    def __call__(self, carry, img_mod, txt_mod, pe):
+        """carry (img, txt); img_mod, txt_mod [B, 6, D]."""
+        img, txt = carry
+        num_txt = txt.shape[1]
+        img_mod, txt_mod = (jnp.moveaxis(mod, 1, 0) for mod in (img_mod, txt_mod))
+        txt_qkv = self.txt_attn.qkv(
+            modulated_norm(txt, txt_mod[0], txt_mod[1]), pe[..., :num_txt, :]
+        )
+        img_qkv = self.img_attn.qkv(
+            modulated_norm(img, img_mod[0], img_mod[1]), pe[..., num_txt:, :]
+        )
+        q, k, v = (jnp.concatenate(pair, axis=2) for pair in zip(txt_qkv, img_qkv, strict=True))
+        attended = attention(q, k, v, backend=self.attention_backend)
+        txt = _finish_stream(txt, attended[:, :, :num_txt], txt_mod, self.txt_attn, self.txt_mlp)
+        img = _finish_stream(img, attended[:, :, num_txt:], img_mod, self.img_attn, self.img_mlp)
+        return (img, txt), None
+
+
+def _finish_stream(x, attended, mod, attn, mlp):
+    x = x + mod[2][:, None] * attn.project(attended)
+    return x + mod[5][:, None] * mlp(modulated_norm(x, mod[3], mod[4]))
+
+
+class SingleBlock(_Projections):
+    """Attention and MLP side by side over one stream (BFL `SingleStreamBlock`)."""
+
+    attention_backend: Backend
+
+    def setup(self):
+        super().setup()
+        self.mlp_in = Dense((self.config.mlp_dim,), dtype=self.dtype)
+        self.attn_out = self.out_projection(use_bias=False)
+        self.mlp_out = Dense((self.config.hidden_size,), dtype=self.dtype)
+
+    def __call__(self, x, mod, pe):
+        """x [B, S, D]; mod [B, 3, D]."""
+        normed = modulated_norm(x, mod[:, 0], mod[:, 1])
+        attended = attention(*self.qkv(normed, pe), backend=self.attention_backend)
+        # Two products added: the published single product over [attention ‖ mlp] runs slower.
+        attn_out = self.attn_out(jnp.swapaxes(attended, 1, 2))
+        mlp_out = self.mlp_out(nn.gelu(self.mlp_in(normed)))
+        return x + mod[:, 2, None] * (attn_out + mlp_out), None
+
+
+class MMDiT(nn.Module):
+    """The transformer of FLUX.1 (BFL `Flux`).
+
+    Attributes:
+      dtype: compute dtype; parameters may be stored in another.
+      attention_backend: see `kontext_jax.ops.attention`.
+      remat: recompute each block in the backward pass, keeping only its input.
+      zero_init: start training with every block the identity and the velocity zero, as DiT does;
+        False draws modulation and output as well, so that an untrained network answers its inputs.
+    """
+
+    config: MMDiTConfig
+    dtype: Any = jnp.float32
+    attention_backend: Backend = "auto"
+    remat: bool = False
+    zero_init: bool = True
+
+    def setup(self):
+        config, dtype = self.config, self.dtype
+        width = config.hidden_size
+        self.img_in, self.txt_in = Dense((width,), dtype=dtype), Dense((width,), dtype=dtype)
+        self.time_in, self.vector_in = MLPEmbedder(width, dtype), MLPEmbedder(width, dtype)
+        if config.guidance_embed:
+            self.guidance_in = MLPEmbedder(width, dtype)
+        self.double_mod = _DoubleModulation(config.depth, dtype, self.zero_init)
+        self.single_mod = Modulation(config.depth_single_blocks, 3, dtype, self.zero_init)
+        self.final_mod = Modulation(None, 2, dtype, self.zero_init)
+        self.double_blocks = self._stack(DoubleBlock, config.depth, num_scanned=2)(
+            config, dtype, self.attention_backend
+        )
+        self.single_blocks = self._stack(SingleBlock, config.depth_single_blocks, num_scanned=1)(
+            config, True, dtype, self.attention_backend
+        )
+        self.final_layer = Dense(
+            (config.out_channels,),
+            dtype=dtype,
+            kernel_init=nn.initializers.zeros if self.zero_init else None,
+        )
+
+    def _stack(self, block, length: int, num_scanned: int):
+        if self.remat:
+            block = nn.remat(block, prevent_cse=False)
+        return nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(1,) * num_scanned + (nn.broadcast,),
+            length=length,
+        )
+
+    def __call__(self, img, txt, vec, t, guidance, pe) -> jax.Array:
+        """Velocity of all image tokens: [B, L, C]. Arguments as in `modulation` and `denoise`."""
+        return self.denoise(img, txt, pe, self.modulation(t, guidance, vec))
+
+    def modulation(
+        self,
+        t: jax.Array,
+        guidance: jax.Array | None,
+        vec: jax.Array,
+        timestep_rounding: Literal["none", "bfl", "diffusers"] = "none",
+    ) -> ModulationVectors:
+        """Everything the blocks need to know of time, guidance and pooled text.
+
+        Args:
+          t: [..., B] in [0, 1], not multiplied by 1000; leading axes are sampling steps.
+          guidance: [B], or None for a model that takes none.
+          vec: [B, vec_in_dim] pooled CLIP features.
+          timestep_rounding: see `kontext_jax.numerics`.
+
+        Raises:
+          ValueError: if guidance is given to a model that takes none, or missing where needed.
+        """
+        if self.config.guidance_embed and guidance is None:
+            raise ValueError(
+                "this model was trained with guidance as an input (guidance_embed=True); "
+                "pass guidance, for instance 2.5"
+            )
+        if not self.config.guidance_embed and guidance is not None:
+            raise ValueError(
+                "this model takes no guidance (guidance_embed=False, as FLUX.1 schnell); pass None"
+            )
+        summed = self.time_in(timestep_embedding(scale_time(t, timestep_rounding, self.dtype)))
+        if guidance is not None:
+            # diffusers' detour through its scheduler is for t alone.
+            rounding = "none" if timestep_rounding == "none" else "bfl"
+            scaled = scale_time(guidance, rounding, self.dtype)
+            summed = summed + self.guidance_in(timestep_embedding(scaled))
+        summed = summed + self.vector_in(vec)
+        double = self.double_mod(summed)
+        return ModulationVectors(*double, self.single_mod(summed), self.final_mod(summed))
+
+    def denoise(
+        self, img: jax.Array, txt: jax.Array, pe: jax.Array, modulation: ModulationVectors
+    ) -> jax.Array:
+        """Velocity of all image tokens, given the modulation of their time: [B, L, C].
+
+        Args:
+          img: [B, L, in_channels], target tokens first, then those of the references.
+          txt: [B, T, context_in_dim] T5 features.
+          pe: rotary table [2, T + L, Dh/2] or [B, 2, T + L, Dh/2], text first.
+          modulation: of `modulation`, leaves [B, …].
+
+        Raises:
+          ValueError: if pe does not have one position per token.
+        """
+        num_txt = txt.shape[1]
+        if pe.shape[-2] != num_txt + img.shape[1]:
+            raise ValueError(
+                f"pe has {pe.shape[-2]} positions, but there are {num_txt} text and "
+                f"{img.shape[1]} image tokens"
+            )
+        carry = self.img_in(img), self.txt_in(txt)
+        (img, txt), _ = self.double_blocks(carry, modulation.double_img, modulation.double_txt, pe)
+        stream, _ = self.single_blocks(jnp.concatenate([txt, img], axis=1), modulation.single, pe)
+        final = modulation.final
+        return self.final_layer(modulated_norm(stream[:, num_txt:], final[:, 0], final[:, 1]))
+
+
+class _DoubleModulation(nn.Module):
+    num_layers: int
+    dtype: Any
+    zero_init: bool
+
+    @nn.compact
+    def __call__(self, vec):
+        make = functools.partial(Modulation, self.num_layers, 6, self.dtype, self.zero_init)
+        return make(name="img")(vec), make(name="txt")(vec)
+
+
+def init_params(model: MMDiT, key: jax.Array) -> Params:
+    """Fresh float32 parameters as a plain nested dict; `jax.eval_shape` it for shapes alone."""
+    config = model.config
+    guidance = jnp.ones((1,)) if config.guidance_embed else None
+    return model.init(
+        key,
+        jnp.zeros((1, 1, config.in_channels)),
+        jnp.zeros((1, 1, config.context_in_dim)),
+        jnp.zeros((1, config.vec_in_dim)),
+        jnp.zeros((1,)),
+        guidance,
+        jnp.zeros((2, 2, config.head_dim // 2)),
+    )["params"]
+
+
+@flax.struct.dataclass
+class Conditioning:
+    """What a batch of images is made from, besides noise and time."""
+
+    txt: jax.Array  # [B, T, context_in_dim]
+    vec: jax.Array  # [B, vec_in_dim]
+    guidance: jax.Array | None  # [B]; None for a model that takes none
+    ctx: jax.Array | None  # [B, Lc, C] tokens of the references; None for text to image
+    pe: jax.Array  # [2, S, Dh/2] or [B, 2, S, Dh/2] for text, target and references, in this order
+
+
+def make_velocity_fn(model: MMDiT, params: Params, cond: Conditioning) -> VelocityFn:
+    """The network as a function of target tokens and time alone.
+
+    References are put after the target on the sequence axis and their predictions cut off. The
+    step input is one entry of `prepare_steps`; None computes the modulation from t, unrounded.
+    """
+    variables = {"params": params}
+
+    def velocity_fn(x_t, t, step_input):
+        if step_input is None:
+            step_input = model.apply(variables, t, cond.guidance, cond.vec, method="modulation")
+        img = x_t
+        if cond.ctx is not None:
+            img = jnp.concatenate([x_t, cond.ctx.astype(x_t.dtype)], axis=1)
+        velocity = model.apply(variables, img, cond.txt, cond.pe, step_input, method="denoise")
+        return velocity[:, : x_t.shape[1]]
+
+    return velocity_fn
+
+
+def prepare_steps(
+    model: MMDiT,
+    params: Params,
+    cond: Conditioning,
+    timesteps: jax.Array,
+    numerics: Numerics = EXACT,
+) -> ModulationVectors:
+    """Modulation of all steps of a run in one product, for `euler_sample`'s step_inputs.
+
+    Args:
+      timesteps: float32 [N + 1]; the last is where the run ends and needs none.
+
+    Returns:
+      Leaves lead with [N, B].
+    """
+    t = jnp.asarray(timesteps, jnp.float32)[:-1, None]
+    t = jnp.broadcast_to(t, (t.shape[0], cond.vec.shape[0]))
+    return model.apply(
+        {"params": params},
+        t,
+        cond.guidance,
+        cond.vec,
+        numerics.timestep_rounding,
+        method="modulation",
+    )

@@ -1,0 +1,205 @@
+"""The one door to attention: softmax(q·kᵀ·scale + bias)·v for head-major arrays [B, H, S, Dh].
+
+    backend     runs on   memory   bias, mask   dtypes        notes
+    reference   anywhere  O(S²)    yes          any           float32 throughout
+    chunked     anywhere  O(S)     no           any           queries in blocks; exact softmax
+    cudnn       CUDA      O(S)     no           bf16, fp16    Dh a multiple of 8, at most 128
+    splash      TPU       O(S)     no           any           pads S; interpreted on CPU
+    auto        anywhere                                      see `attention`
+
+JAX's own `dot_product_attention` holds all S² scores unless told otherwise, on GPU as well.
+"""
+
+import functools
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Backend = Literal["auto", "reference", "chunked", "cudnn", "splash"]
+
+BACKENDS = ("auto", "reference", "chunked", "cudnn", "splash")
+QUERY_CHUNK = 128
+SPLASH_LANES = 128  # the TPU kernel's tiles are this wide
+SPLASH_BLOCK_Q = 512
+SPLASH_MAX_BLOCK_KV = 2176  # 8704 = 4·2176: 512 text and twice 4096 image tokens need no padding
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    backend: Backend = "auto",
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """Attention of q over k and v: [B, H, S, Dh] → [B, H, S, Dh] in q's dtype.
+
+    "auto" is decided by the platform the program is *compiled* for, which need not be the one it
+    is traced on: splash on TPU (chunked if Dh is not a multiple of 128), cudnn on CUDA (chunked for
+    float32 and for Dh that cuDNN does not take), chunked elsewhere; and reference wherever a bias
+    or a mask is given. Programs that differentiate should name a backend: every platform's choice
+    is differentiated before the unused ones are dropped.
+
+    Args:
+      bias: added to the scaled scores, broadcastable to [B, H, S, S].
+      mask: True where a query may attend, broadcastable to [B, H, S, S].
+      scale: of the scores; None for 1/sqrt(Dh).
+
+    Raises:
+      NotImplementedError: if the named backend cannot do what is asked.
+      ValueError: for an unknown backend, or arrays that are not [B, H, S, Dh].
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown attention backend {backend!r}; choose one of {BACKENDS}")
+    if not (q.ndim == k.ndim == v.ndim == 4 and k.shape == v.shape) or (
+        q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]
+    ):
+        raise ValueError(
+            f"attention takes [B, H, S, Dh] arrays, found q {q.shape}, k {k.shape}, v {v.shape}"
+        )
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1])
+    if backend == "reference" or (backend == "auto" and (bias is not None or mask is not None)):
+        return _reference(q, k, v, bias, mask, scale)
+    if bias is not None or mask is not None:
+        given = "bias" if bias is not None else "mask"
+        raise NotImplementedError(f"{backend} attention takes no {given}; use backend='reference'")
+    if backend == "auto":
+        return _by_platform(q, k, v, scale)
+    if backend == "cudnn" and (limit := _cudnn_limit(q)):
+        raise NotImplementedError(f"cudnn attention {limit}; use 'auto' or 'chunked'")
+    return _BACKENDS[backend](q, k, v, scale)
+
+
+def _by_platform(q, k, v, scale):
+    choices = {}
+    if q.shape[-1] % SPLASH_LANES == 0:
+        choices["tpu"] = functools.partial(_splash, scale=scale)
+    if not _cudnn_limit(q) and _cudnn_is_installed(q, k, v):
+        choices["cuda"] = functools.partial(_cudnn, scale=scale)
+    return lax.platform_dependent(
+        q, k, v, **choices, default=functools.partial(_chunked, scale=scale)
+    )
+
+
+def _reference(q, k, v, bias, mask, scale):
+    scores = jnp.einsum(
+        "bhqd,bhkd->bhqk", q.astype(jnp.float32), k.astype(jnp.float32), optimize=True
+    )
+    scores = scores * scale
+    if bias is not None:
+        scores = scores + bias.astype(jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1)
+    return jnp.einsum("bhqk,bhkd->bhqd", weights, v.astype(jnp.float32)).astype(q.dtype)
+
+
+def _chunked(q, k, v, scale):
+    """Whole score rows of a block of queries at a time; the backward pass recomputes them."""
+    num_queries = q.shape[2]
+    num_chunks = -(-num_queries // QUERY_CHUNK)
+    chunk = -(-num_queries // num_chunks)
+    padding = num_chunks * chunk - num_queries
+    padded = jnp.pad(q, ((0, 0), (0, 0), (0, padding), (0, 0)))
+
+    @jax.checkpoint
+    def attend(start):
+        rows = lax.dynamic_slice_in_dim(padded, start, chunk, axis=2)
+        scores = jnp.einsum("bhqd,bhkd->bhqk", rows, k, preferred_element_type=jnp.float32)
+        peak = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp((scores - lax.stop_gradient(peak)) * scale)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        out = jnp.einsum(
+            "bhqk,bhkd->bhqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+        )
+        return (out / total).astype(q.dtype)
+
+    out = lax.map(attend, jnp.arange(num_chunks) * chunk)  # [num_chunks, B, H, chunk, Dh]
+    out = jnp.moveaxis(out, 0, 2).reshape(padded.shape)
+    return out[:, :, :num_queries]
+
+
+def _cudnn_limit(q) -> str | None:
+    """What stops cuDNN's flash kernel from taking q, or None."""
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes bfloat16 and float16, found {q.dtype}"
+    if q.shape[-1] % 8 or q.shape[-1] > 128:
+        return f"takes head sizes that are multiples of 8 up to 128, found {q.shape[-1]}"
+    return None
+
+
+def _cudnn(q, k, v, scale):
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # [B, S, H, Dh]
+    out = jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
+    return jnp.swapaxes(out, 1, 2)
+
+
+def _cudnn_is_installed(q, k, v) -> bool:
+    """Without JAX's CUDA plugin nothing can be compiled for CUDA, and tracing cuDNN raises."""
+    try:
+        jax.eval_shape(functools.partial(_cudnn, scale=1.0), q, k, v)
+    except RuntimeError:
+        return False
+    return True
+
+
+def splash_blocks(num_tokens: int) -> tuple[int, int, int]:
+    """(padded length, query block, key block) for the TPU kernel, whose blocks must divide S.
+
+    Few padded tokens first, then the largest key block up to 2176.
+    """
+    step = SPLASH_BLOCK_Q if num_tokens > SPLASH_BLOCK_Q else SPLASH_LANES
+    padded = -(-num_tokens // step) * step
+    block_kv = max(
+        size
+        for size in range(SPLASH_LANES, min(padded, SPLASH_MAX_BLOCK_KV) + 1, SPLASH_LANES)
+        if padded % size == 0
+    )
+    return padded, min(SPLASH_BLOCK_Q, padded), block_kv
+
+
+def _splash(q, k, v, scale):
+    """JAX's TPU kernel on one device; a sharded caller wraps `attention` in `jax.shard_map`."""
+    # Importing Pallas takes seconds; only programs that may run on a TPU pay for it.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    if num_queries != num_keys:
+        raise NotImplementedError(
+            f"splash attention takes as many queries as keys, found {num_queries} and {num_keys}"
+        )
+    padded, block_q, block_kv = splash_blocks(num_queries)
+    padding = ((0, 0), (0, 0), (0, padded - num_queries), (0, 0))
+    blocks = splash.BlockSizes(
+        block_q=block_q,
+        block_kv=block_kv,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_kv,
+        use_fused_bwd_kernel=True,
+    )
+    segments = None
+    if padded != num_queries:
+        ids = (jnp.arange(padded) >= num_queries).astype(jnp.int32)
+        segments = splash.SegmentIds(q=ids, kv=ids)
+    mask = splash.MultiHeadMask([splash.FullMask((padded, padded))] * q.shape[1])
+
+    def run(interpret, q, k, v):
+        kernel = splash.make_splash_mha_single_device(mask, block_sizes=blocks, interpret=interpret)
+        return jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=segments))(q, k, v)
+
+    q = (q.astype(jnp.float32) * scale).astype(q.dtype)  # the kernel does not scale
+    out = lax.platform_dependent(
+        *(jnp.pad(x, padding) for x in (q, k, v)),
+        cpu=functools.partial(run, True),
+        default=functools.partial(run, False),
+    )
+    return out[:, :, :num_queries]
+
+
+_BACKENDS = {"chunked": _chunked, "cudnn": _cudnn, "splash": _splash}

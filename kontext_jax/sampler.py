@@ -1,0 +1,127 @@
+"""Noise and the Euler solver of dx/dt = velocity(x, t), from t = 1 (noise) to t = 0 (data).
+
+    x_{i+1} = x_i + (t_{i+1} − t_i) · velocity(x_i, t_i)
+
+Works on any `velocity_fn` (see `kontext_jax.types.VelocityFn`) and knows no network.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from kontext_jax.types import VelocityFn
+
+EulerDtype = Literal["float32", "compute", "float32_then_compute"]
+
+
+def initial_noise(
+    seeds: Sequence[int],
+    latent_height: int,
+    latent_width: int,
+    channels: int = 16,
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+    """Standard normal latents, one seed per image: [B, latent_height, latent_width, channels].
+
+    An image's noise depends on its own seed and size alone, not on the batch around it, and is
+    drawn in float32 before it is rounded to `dtype`.
+
+    Args:
+      seeds: integers from 0 to 2^64 − 1.
+
+    Raises:
+      ValueError: if there is no seed or one is out of range.
+    """
+    seeds = [int(seed) for seed in seeds]
+    if not seeds:
+        raise ValueError("initial_noise needs at least one seed")
+    for seed in seeds:
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed {seed} is out of range; choose one from 0 to 2**64 - 1")
+    words = np.array([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], np.uint32)
+    # The generator is named, so that no global setting of JAX changes the picture.
+    keys = jax.random.wrap_key_data(words, impl="threefry2x32")
+    shape = (latent_height, latent_width, channels)
+    noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+    return noise.astype(dtype)
+
+
+def euler_sample(
+    velocity_fn: VelocityFn,
+    x: jax.Array,
+    timesteps: jax.Array,
+    step_inputs: Any = None,
+    *,
+    start: int | jax.Array = 0,
+    stop: int | jax.Array | None = None,
+    euler_dtype: EulerDtype = "float32",
+) -> jax.Array:
+    """Solves from timesteps[start] to timesteps[stop].
+
+    start and stop may be traced integers, so one executable serves the whole run or any part of it.
+    Parts joined give the whole, bit for bit, if each gets what the one before returned.
+
+    Args:
+      x: [B, ...] state at timesteps[start]; its dtype is the compute dtype of `euler_dtype`.
+      timesteps: float32 [N + 1], falling.
+      step_inputs: pytree whose leaves lead with N; velocity_fn gets entry i at step i.
+      stop: None for N.
+      euler_dtype: "float32" keeps the state in float32 throughout (exact). "compute" rounds product
+        and sum to x's dtype (BFL). "float32_then_compute" rounds the product, adds in float32 and
+        rounds again (diffusers, where a bfloat16 tensor times a float32 scalar is bfloat16).
+
+    Returns:
+      The state at timesteps[stop]: float32 if euler_dtype is "float32", otherwise in x's dtype.
+
+    Raises:
+      ValueError: for an unknown euler_dtype, or step_inputs of another length than N.
+    """
+    if euler_dtype not in ("float32", "compute", "float32_then_compute"):
+        raise ValueError(
+            f"unknown euler_dtype {euler_dtype!r}; choose float32, compute or float32_then_compute"
+        )
+    timesteps = jnp.asarray(timesteps, jnp.float32)
+    num_steps = timesteps.shape[0] - 1
+    lengths = {leaf.shape[0] for leaf in jax.tree.leaves(step_inputs)}
+    if lengths - {num_steps}:
+        raise ValueError(
+            f"step_inputs lead with {sorted(lengths)}; {num_steps + 1} timesteps are "
+            f"{num_steps} steps"
+        )
+    if euler_dtype == "float32":
+        x = x.astype(jnp.float32)
+    dtype = x.dtype
+
+    def step(i, x):
+        step_input = jax.tree.map(lambda leaf: leaf[i], step_inputs)
+        velocity = velocity_fn(x, jnp.full(x.shape[:1], timesteps[i]), step_input)
+        update = (timesteps[i + 1] - timesteps[i]) * velocity.astype(jnp.float32)
+        if euler_dtype != "float32":
+            # A plain cast down and up may be removed by the compiler as excess precision.
+            info = jnp.finfo(dtype)
+            update = lax.reduce_precision(update, info.nexp, info.nmant)
+        return (x.astype(jnp.float32) + update).astype(dtype)
+
+    return lax.fori_loop(start, num_steps if stop is None else stop, step, x)
+
+
+def guided_velocity_fn(
+    conditional: VelocityFn, unconditional: VelocityFn, scale: float | jax.Array
+) -> VelocityFn:
+    """True classifier-free guidance: v_neg + scale·(v − v_neg), two passes a step.
+
+    A step input of the result is the pair (of the conditional, of the unconditional), or None.
+    """
+
+    def velocity_fn(x, t, step_input):
+        positive_input, negative_input = (None, None) if step_input is None else step_input
+        positive = conditional(x, t, positive_input)
+        negative = unconditional(x, t, negative_input)
+        low, high = negative.astype(jnp.float32), positive.astype(jnp.float32)
+        return (low + scale * (high - low)).astype(positive.dtype)
+
+    return velocity_fn
