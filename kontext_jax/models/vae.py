@@ -1,0 +1,380 @@
+"""FLUX's convolutional autoencoder: pictures to latents at an eighth of their size, and back.
+
+    z       = mean [+ exp(logvar / 2)·ε]         of the encoder's Gaussian q(z | image)
+    latents = latent_scale · (z − latent_shift)
+    image   ≈ decoder(latents / latent_scale + latent_shift)
+
+Everything is NHWC, and parameter names are BFL's (flux `modules/autoencoder.py`) with
+"down.0.block.1" written `down_0/block_1`. Encoder and decoder are each a sequence of steps that
+pass one feature map on. A step can run on the whole map, or on a tile of it: then its input brings
+the neighbouring cells that its convolutions reach (`inside` marks those that belong to the picture,
+the others stand for zero padding), and the group norms receive the statistics of the whole map as
+`moments`. `vae_tiling` walks the same steps in that way.
+
+Group norms and the swish behind them are computed in float32 whatever the compute dtype.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from kontext_jax.models.presets import VAEConfig
+from kontext_jax.ops.attention import attention
+from kontext_jax.types import Array, Float, Image, Latents, typed
+
+NORM_EPSILON = 1e-6
+LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' clamp; BFL has none. The mean path does not see it.
+
+Dtype = Any
+Moments = tuple[Array, Array]
+"""Mean and variance [B, groups] of a feature map, float32."""
+
+
+def group_moments(x: Array, groups: int, weight: Array | None = None) -> Moments:
+    """Mean and variance of each group of channels over the map, in two passes over float32.
+
+    Args:
+        x: [B, height, width, C].
+        groups: How many runs of C / groups neighbouring channels share their statistics.
+        weight: [height, width], 1 where a cell counts and 0 where it does not.
+
+    Returns:
+        Two float32 arrays [B, groups].
+    """
+    x = x.astype(jnp.float32)
+    batch, height, width, channels = x.shape
+    if weight is None:
+        num_cells, weigh = height * width, lambda y: y
+    else:
+        num_cells, weigh = jnp.sum(weight), lambda y: y * weight[..., None]
+
+    def mean(y):  # over cells first: channels stay the vector axis
+        per_channel = jnp.sum(weigh(y), axis=(1, 2)) / num_cells
+        return jnp.mean(per_channel.reshape(batch, groups, channels // groups), axis=-1)
+
+    center = mean(x)
+    deviation = x - _per_channel(center, channels)
+    return center, mean(jnp.square(deviation))
+
+
+def _per_channel(statistic: Array, channels: int) -> Array:
+    """[B, groups] → [B, 1, 1, C]."""
+    return jnp.repeat(statistic, channels // statistic.shape[-1], axis=-1)[:, None, None, :]
+
+
+class GroupNorm(nn.Module):
+    """Group norm over the whole map, then swish unless told otherwise."""
+
+    groups: int
+    dtype: Dtype
+    swish: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array, moments: Moments | None = None) -> Array:
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        mean, variance = group_moments(x, self.groups) if moments is None else moments
+        gain = _per_channel(jax.lax.rsqrt(variance + NORM_EPSILON), channels)
+        y = (x.astype(jnp.float32) - _per_channel(mean, channels)) * (
+            gain * scale.astype(jnp.float32)
+        ) + bias.astype(jnp.float32)
+        return (nn.swish(y) if self.swish else y).astype(self.dtype)
+
+
+class Conv(nn.Module):
+    """Convolution with zero padding; `padded` says that the input already brings its border."""
+
+    features: int
+    dtype: Dtype
+    kernel_size: int = 3
+    stride: int = 1
+    padding: tuple[int, int] = (1, 1)  # cells before and after, on both axes
+
+    @nn.compact
+    def __call__(self, x: Array, padded: bool = False) -> Array:
+        size = self.kernel_size
+        kernel = self.param(
+            "kernel", nn.initializers.lecun_normal(), (size, size, x.shape[-1], self.features)
+        )
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            window_strides=(self.stride, self.stride),
+            padding=((0, 0) if padded else self.padding,) * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y + bias.astype(self.dtype)
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(act(norm(conv(act(norm(x)))))), the two halves split where statistics are needed."""
+
+    in_channels: int
+    out_channels: int
+    groups: int
+    dtype: Dtype
+
+    def setup(self):
+        self.norm1 = GroupNorm(self.groups, self.dtype)
+        self.conv1 = Conv(self.out_channels, self.dtype)
+        self.norm2 = GroupNorm(self.groups, self.dtype)
+        self.conv2 = Conv(self.out_channels, self.dtype)
+        if self.in_channels != self.out_channels:
+            self.nin_shortcut = Conv(self.out_channels, self.dtype, kernel_size=1, padding=(0, 0))
+
+    def __call__(self, x: Array) -> Array:
+        return self.second_half(self.first_half(x), x)
+
+    def first_half(self, x: Array, moments: Moments | None = None, inside: Array | None = None):
+        return self._norm_conv(self.norm1, self.conv1, x, moments, inside)
+
+    def second_half(
+        self, h: Array, x: Array, moments: Moments | None = None, inside: Array | None = None
+    ) -> Array:
+        """`h` with a border when `inside` is given, `x` never."""
+        h = self._norm_conv(self.norm2, self.conv2, h, moments, inside)
+        return (x if self.in_channels == self.out_channels else self.nin_shortcut(x)) + h
+
+    def _norm_conv(self, norm, conv, x, moments, inside):
+        y = norm(x, moments)
+        if inside is None:
+            return conv(y)
+        # The padding is zero behind the norm, which maps zeros to something else.
+        return conv(jnp.where(inside[..., None], y, 0), padded=True)
+
+
+class AttentionBlock(nn.Module):
+    """x + attention over all positions of the map, in one head as wide as the channels."""
+
+    channels: int
+    groups: int
+    dtype: Dtype
+
+    def setup(self):
+        self.norm = GroupNorm(self.groups, self.dtype, swish=False)
+        self.q = nn.Dense(self.channels, dtype=self.dtype)
+        self.k = nn.Dense(self.channels, dtype=self.dtype)
+        self.v = nn.Dense(self.channels, dtype=self.dtype)
+        self.proj_out = nn.Dense(self.channels, dtype=self.dtype)
+
+    def __call__(self, x: Array) -> Array:
+        q, k, v = self.qkv(x)
+        return self.attend(q, x, k, v)
+
+    def qkv(self, x: Array, moments: Moments | None = None) -> tuple[Array, Array, Array]:
+        y = self.norm(x, moments)
+        return self.q(y), self.k(y), self.v(y)
+
+    def attend(self, q: Array, x: Array, k: Array, v: Array) -> Array:
+        """`q` and `x` may be a tile of the map that `k` and `v` cover."""
+        # One head of C channels is too wide for the kernels of either accelerator.
+        q, k, v = (y.reshape(y.shape[0], 1, -1, self.channels) for y in (q, k, v))  # [B, 1, S, C]
+        return x + self.proj_out(attention(q, k, v, backend="chunked").reshape(x.shape))
+
+
+class Mid(nn.Module):
+    """The blocks at the lowest resolution."""
+
+    channels: int
+    groups: int
+    dtype: Dtype
+
+    def setup(self):
+        self.block_1 = ResnetBlock(self.channels, self.channels, self.groups, self.dtype)
+        self.attn_1 = AttentionBlock(self.channels, self.groups, self.dtype)
+        self.block_2 = ResnetBlock(self.channels, self.channels, self.groups, self.dtype)
+
+    def steps(self) -> tuple[nn.Module, ...]:
+        return self.block_1, self.attn_1, self.block_2
+
+
+class Downsample(nn.Module):
+    """Halves the resolution; the picture is padded on its right and lower side only."""
+
+    channels: int
+    dtype: Dtype
+
+    def setup(self):
+        self.conv = Conv(self.channels, self.dtype, stride=2, padding=(0, 1))
+
+    def __call__(self, x: Array, padded: bool = False) -> Array:
+        return self.conv(x, padded)
+
+
+class Upsample(nn.Module):
+    """Doubles the resolution: every cell becomes 2×2 of itself, then a convolution."""
+
+    channels: int
+    dtype: Dtype
+
+    def setup(self):
+        self.conv = Conv(self.channels, self.dtype)
+
+    def __call__(self, x: Array, padded: bool = False) -> Array:
+        b, h, w, c = x.shape
+        x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
+        x = x.reshape(b, 2 * h, 2 * w, c)
+        if padded:
+            x = x[:, 1:-1, 1:-1, :]  # of the border's two rows, the convolution reaches one
+        return self.conv(x, padded)
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, then the change to the next."""
+
+    in_channels: int
+    out_channels: int
+    num_blocks: int
+    resample: str | None  # "downsample", "upsample" or None
+    groups: int
+    dtype: Dtype
+
+    def setup(self):
+        for j in range(self.num_blocks):
+            in_channels = self.out_channels if j else self.in_channels
+            block = ResnetBlock(in_channels, self.out_channels, self.groups, self.dtype)
+            setattr(self, f"block_{j}", block)
+        if self.resample == "downsample":
+            self.downsample = Downsample(self.out_channels, self.dtype)
+        elif self.resample == "upsample":
+            self.upsample = Upsample(self.out_channels, self.dtype)
+
+    def steps(self) -> tuple[nn.Module, ...]:
+        blocks = tuple(getattr(self, f"block_{j}") for j in range(self.num_blocks))
+        return blocks + ((getattr(self, self.resample),) if self.resample else ())
+
+
+class Encoder(nn.Module):
+    """Image [B, h, w, 3] → moments of the posterior, [B, h/8, w/8, 2Z]."""
+
+    config: VAEConfig
+    dtype: Dtype
+
+    def setup(self):
+        c = self.config
+        widths = [c.ch * mult for mult in c.ch_mult]
+        last = len(widths) - 1
+        self.conv_in = Conv(c.ch, self.dtype)
+        for i, width in enumerate(widths):
+            resample = "downsample" if i < last else None
+            in_channels = widths[i - 1] if i else c.ch
+            level = Level(in_channels, width, c.num_res_blocks, resample, c.norm_groups, self.dtype)
+            setattr(self, f"down_{i}", level)
+        self.mid = Mid(widths[-1], c.norm_groups, self.dtype)
+        self.norm_out = GroupNorm(c.norm_groups, self.dtype)
+        self.conv_out = Conv(2 * c.z_channels, self.dtype)
+
+    def steps(self) -> tuple[nn.Module, ...]:
+        """What is applied to the image, in this order."""
+        levels = [getattr(self, f"down_{i}") for i in range(len(self.config.ch_mult))]
+        blocks = [step for level in (*levels, self.mid) for step in level.steps()]
+        return (self.conv_in, *blocks, self.norm_out, self.conv_out)
+
+    def __call__(self, x: Array) -> Array:
+        for step in self.steps():
+            x = step(x)
+        return x
+
+
+class Decoder(nn.Module):
+    """Unscaled latents [B, h/8, w/8, Z] → image [B, h, w, 3]."""
+
+    config: VAEConfig
+    dtype: Dtype
+
+    def setup(self):
+        c = self.config
+        widths = [c.ch * mult for mult in c.ch_mult]
+        last = len(widths) - 1
+        self.conv_in = Conv(widths[-1], self.dtype)
+        self.mid = Mid(widths[-1], c.norm_groups, self.dtype)
+        for i, width in enumerate(widths):
+            resample = "upsample" if i else None
+            in_channels = widths[min(i + 1, last)]
+            level = Level(
+                in_channels, width, c.num_res_blocks + 1, resample, c.norm_groups, self.dtype
+            )
+            setattr(self, f"up_{i}", level)
+        self.norm_out = GroupNorm(c.norm_groups, self.dtype)
+        self.conv_out = Conv(c.out_channels, self.dtype)
+
+    def steps(self) -> tuple[nn.Module, ...]:
+        """What is applied to the latents, in this order."""
+        levels = [getattr(self, f"up_{i}") for i in reversed(range(len(self.config.ch_mult)))]
+        blocks = [step for level in (self.mid, *levels) for step in level.steps()]
+        return (self.conv_in, *blocks, self.norm_out, self.conv_out)
+
+    def __call__(self, x: Array) -> Array:
+        for step in self.steps():
+            x = step(x)
+        return x
+
+
+class VAE(nn.Module):
+    """The autoencoder, with the affine map between its posterior and a transformer's latents."""
+
+    config: VAEConfig
+    dtype: Dtype = jnp.float32
+
+    def setup(self):
+        self.encoder = Encoder(self.config, self.dtype)
+        self.decoder = Decoder(self.config, self.dtype)
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels along one side of a latent cell."""
+        return 2 ** (len(self.config.ch_mult) - 1)
+
+    def __call__(self, image: Array) -> Array:
+        """The reconstruction of an image through its mean latents; touches every parameter."""
+        return self.decode(self.encode(image))
+
+    @typed
+    def moments(self, image: Image) -> tuple[Latents, Latents]:
+        """Mean and log variance of the posterior, unscaled.
+
+        Raises:
+            ValueError: The sides of the image are not multiples of `downsampling`.
+        """
+        self.check_image(image.shape)
+        return self.split_moments(self.encoder(image))
+
+    @typed
+    def encode(self, image: Image, *, key: Array | None = None) -> Latents:
+        """Latents of an image in [-1, 1]: the posterior's mean, or with a key a sample of it."""
+        return self.to_latents(*self.moments(image), key=key)
+
+    @typed
+    def decode(self, latents: Latents) -> Float[Array, "B height width channels"]:
+        """The image of some latents, about [-1, 1] and not clipped."""
+        return self.decoder(self.from_latents(latents))
+
+    def check_image(self, shape: tuple[int, ...]) -> None:
+        """Refuses an image [B, height, width, 3] that the latent grid does not divide."""
+        cell = self.downsampling
+        height, width = shape[1:3]
+        if height % cell or width % cell or not height or not width:
+            nearest = [max(cell, round(side / cell) * cell) for side in (width, height)]
+            raise ValueError(
+                f"the autoencoder cannot take an image of {width}×{height} pixels: both sides must "
+                f"be multiples of {cell}; the nearest such size is {nearest[0]}×{nearest[1]}"
+            )
+
+    def split_moments(self, moments: Array) -> tuple[Array, Array]:
+        """The encoder's output as mean and log variance."""
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.clip(logvar, *LOGVAR_RANGE)
+
+    def to_latents(self, mean: Array, logvar: Array, key: Array | None = None) -> Array:
+        z = mean
+        if key is not None:
+            z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, mean.dtype)
+        return self.config.latent_scale * (z - self.config.latent_shift)
+
+    def from_latents(self, latents: Array) -> Array:
+        latents = latents.astype(self.dtype)
+        return latents / self.config.latent_scale + self.config.latent_shift
