@@ -1,0 +1,266 @@
+"""Our own weight directory: one folder per network, `config.json` beside `params.safetensors`.
+
+`ModelBundle` is what every loader returns, here and in `convert_weights`: for each network its config
+and a function that reads its weights now, so that nothing is in memory before it is needed.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kontext_jax.models.presets import (
+    PRESETS,
+    CLIPConfig,
+    MMDiTConfig,
+    Preset,
+    T5Config,
+    VAEConfig,
+)
+from kontext_jax.tensor_files import (
+    SafetensorsFile,
+    SafetensorsWriter,
+    TensorFileError,
+    TensorInfo,
+    TensorReader,
+    cast,
+    flatten,
+    has_nonfinite,
+    unflatten,
+    write_folder,
+    write_json,
+)
+from kontext_jax.types import Params
+
+FORMAT = 1
+MANIFEST = "kontext_jax.json"
+CONFIG_CLASSES = {"mmdit": MMDiTConfig, "vae": VAEConfig, "t5": T5Config, "clip": CLIPConfig}
+KINDS = tuple(CONFIG_CLASSES)
+TOKENIZERS = ("t5", "clip")
+ASSETS = Path(__file__).parent / "assets"
+
+Config = MMDiTConfig | VAEConfig | T5Config | CLIPConfig
+
+
+@dataclasses.dataclass
+class Component:
+    """One network on disk.
+
+    Attributes:
+      config: its sizes.
+      load: `load(dtype=None, device=None) -> params` reads the weights now, leaf by leaf, each
+        straight to `device` (a device or a sharding) and in `dtype`; None keeps the stored one.
+    """
+
+    config: Config
+    load: Callable[..., Params]
+
+
+@dataclasses.dataclass
+class ModelBundle:
+    """A whole model, its weights still on disk.
+
+    Attributes:
+      preset: with the components' own configs, and the defaults of a request.
+      components: by kind, "mmdit", "vae", "t5", "clip".
+      tokenizer_dirs: folders of Hugging Face tokenizer files, "t5" and "clip".
+      source: one line for the user: where the weights came from.
+      identity: hash over the weights' headers, sizes and samples of their bytes.
+    """
+
+    preset: Preset
+    components: dict[str, Component]
+    tokenizer_dirs: dict[str, Path]
+    source: str
+    identity: str
+
+
+def place_leaves(
+    paths: Iterable[str],
+    read: Callable[[str], np.ndarray],
+    device: jax.Device | jax.sharding.Sharding | None,
+) -> Params:
+    """The tree of `read(path)`, each leaf on its device before the next one is read."""
+    leaves = {}
+    for path in paths:
+        leaves[path] = jax.device_put(read(path), device).block_until_ready()
+    return unflatten(leaves)
+
+
+def fingerprint(readers: Mapping[str, TensorReader]) -> str:
+    """Identity of weights: their headers and, of every tensor, up to 64 bytes of its middle row.
+
+    A header tells names, shapes and places; the samples tell apart two files of the same layout. It
+    costs milliseconds however large the files are.
+    """
+    digest = hashlib.sha256()
+    for kind in sorted(readers):
+        reader = readers[kind]
+        digest.update(kind.encode() + reader.header_bytes())
+        for name, info in reader.tensors.items():
+            if info.shape and info.nbytes:
+                middle = info.shape[0] // 2
+                digest.update(reader.read_bytes(name, middle * info.nbytes // info.shape[0], 64))
+    return digest.hexdigest()
+
+
+def read_config(directory: str | Path, kind: str) -> Config:
+    """The config of the component `kind` in our `directory`.
+
+    Raises:
+      TensorFileError: it is not there or damaged.
+    """
+    path = Path(directory) / kind / "config.json"
+    try:
+        stored = json.loads(path.read_text("utf-8"))
+        if stored["kind"] != kind:
+            raise ValueError(f"it describes a {stored['kind']}")
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["config"].items()}
+        return CONFIG_CLASSES[kind](**values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TensorFileError(f"{path}: not the config of a {kind}: {error}") from None
+
+
+def open_params(directory: str | Path, kind: str) -> SafetensorsFile:
+    """The parameter file of the component `kind` in our `directory`, its header checked."""
+    return SafetensorsFile(Path(directory) / kind / "params.safetensors")
+
+
+def _read_leaf(file: SafetensorsFile, path: str, dtype: np.dtype | None) -> np.ndarray:
+    array = file.read(path)
+    if has_nonfinite(array):
+        raise TensorFileError(f"{file.path}: NaN or infinity in weights: {path}")
+    return cast(array, dtype, path)
+
+
+def _own_component(directory: Path, kind: str) -> Component:
+    def load(dtype=None, device=None) -> Params:
+        dtype = None if dtype is None else jnp.dtype(dtype)
+        with open_params(directory, kind) as file:
+            return place_leaves(file.tensors, lambda path: _read_leaf(file, path, dtype), device)
+
+    return Component(read_config(directory, kind), load)
+
+
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """What `kontext_jax.json` of our `directory` says.
+
+    Raises:
+      TensorFileError: there is none, or of another format.
+    """
+    path = Path(directory) / MANIFEST
+    if not path.is_file():
+        raise TensorFileError(
+            f"{directory}: no {MANIFEST} in it, so it is not a converted weight directory; "
+            "convert published weights with `python -m convert_weights to-jax`"
+        )
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        version = manifest["format"]
+        kinds = manifest["components"]
+        manifest["preset"], manifest["source"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise TensorFileError(f"{path}: damaged: {error!r}") from None
+    if version != FORMAT:
+        raise TensorFileError(f"{path}: format {version}; this version reads format {FORMAT}")
+    if not set(kinds) <= set(KINDS):
+        raise TensorFileError(f"{path}: components {kinds}; known are {', '.join(KINDS)}")
+    return manifest
+
+
+def write_manifest(
+    directory: Path, preset: str, components: Iterable[str], source: str, licence: str | None
+) -> None:
+    """Writes `kontext_jax.json`, which makes `directory` a weight directory."""
+    write_json(
+        directory / MANIFEST,
+        {
+            "format": FORMAT,
+            "preset": preset,
+            "components": list(components),
+            "source": source,
+            "license": licence,
+        },
+    )
+
+
+def open_bundle(
+    path: str | Path, require: Iterable[str] = KINDS, require_tokenizers: bool = True
+) -> ModelBundle:
+    """Opens our own weight directory; the weights stay on disk until a component is loaded.
+
+    Args:
+      path: the directory.
+      require: components that must be there.
+      require_tokenizers: whether both tokenizers must be there.
+
+    Raises:
+      TensorFileError: it is none, damaged, or lacks something required (all of it named).
+    """
+    directory = Path(path)
+    manifest = read_manifest(directory)
+    kinds = manifest["components"]
+    if manifest["preset"] not in PRESETS:
+        raise TensorFileError(
+            f"{directory}: preset {manifest['preset']!r}; known are {', '.join(PRESETS)}"
+        )
+    tokenizer_dirs = {
+        name: folder for name in TOKENIZERS if (folder := directory / "tokenizers" / name).is_dir()
+    }
+    missing = [f"{kind}/" for kind in require if kind not in kinds]
+    if require_tokenizers:
+        missing += [f"tokenizers/{n}/" for n in TOKENIZERS if n not in tokenizer_dirs]
+    if missing:
+        raise TensorFileError(
+            f"{directory}: incomplete, without {', '.join(missing)}; convert the whole model at "
+            "once: `python -m convert_weights to-jax TRANSFORMER AE T5 CLIP --out DIR`"
+        )
+    components = {kind: _own_component(directory, kind) for kind in kinds}
+    files = {}
+    try:
+        for kind in kinds:
+            files[kind] = open_params(directory, kind)
+        identity = fingerprint(files)
+    finally:
+        for file in files.values():
+            file.close()
+    preset = dataclasses.replace(
+        PRESETS[manifest["preset"]], **{kind: c.config for kind, c in components.items()}
+    )
+    return ModelBundle(preset, components, tokenizer_dirs, manifest["source"], identity)
+
+
+def config_json(kind: str, config: Config) -> dict[str, Any]:
+    """What a component's `config.json` holds."""
+    return {"kind": kind, "config": dataclasses.asdict(config)}
+
+
+def save_component(directory: str | Path, kind: str, config: Config, params: Params) -> None:
+    """Writes `directory/kind/{config.json, params.safetensors}`, beside and then renamed.
+
+    Args:
+      directory: a weight directory or one to be.
+      kind: "mmdit", "vae", "t5" or "clip".
+      config: of the network.
+      params: nested dict of arrays, on host or device; each leaf is fetched when its turn comes.
+
+    Raises:
+      FileExistsError: `directory/kind` already holds something.
+    """
+    leaves = dict(sorted(flatten(params)))
+    infos = {path: TensorInfo(np.dtype(x.dtype), tuple(x.shape)) for path, x in leaves.items()}
+
+    def fill(folder: Path) -> None:
+        write_json(folder / "config.json", config_json(kind, config))
+        with SafetensorsWriter(folder / "params.safetensors", infos) as writer:
+            for path, leaf in leaves.items():
+                writer.write(path, np.asarray(leaf))
+
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    write_folder(Path(directory) / kind, fill)
