@@ -16,11 +16,11 @@ nor a config.json beside the weights tell it (heads that are not 128 wide, say).
 
 from pathlib import Path
 
-import jax.numpy as jnp
-
 from convert_weights.io import NonFiniteError, open_components
 from convert_weights.layouts import Config
 from convert_weights.rules import WeightMismatchError
+from convert_weights.sources import open_foreign_bundle
+from kontext_jax.checkpoint import as_dtype
 from kontext_jax.tensor_files import TensorFileError, unflatten
 from kontext_jax.types import Params
 
@@ -48,11 +48,17 @@ def read_component(
         raise WeightMismatchError(f"{path}: holds {', '.join(components)}; say which one to read")
     (component,) = components.values()
     try:
-        dtype = None if dtype is None else jnp.dtype(dtype)
+        dtype = as_dtype(dtype)
         leaves = {leaf: component.read_leaf(leaf, dtype) for leaf in component.leaves}
     finally:
         component.close()
     return component.config, unflatten(leaves)
 
 
-__all__ = ["NonFiniteError", "TensorFileError", "WeightMismatchError", "read_component"]
+__all__ = [
+    "NonFiniteError",
+    "TensorFileError",
+    "WeightMismatchError",
+    "open_foreign_bundle",
+    "read_component",
+]

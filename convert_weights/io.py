@@ -103,8 +103,12 @@ class ForeignComponent:
         self.path, self.reader, self.kind, self.naming = path, reader, kind, naming
         self.where = str(path)
         table = TABLES[kind]
-        self.ignored = sorted(n for bare, n in names.items() if bare in table.BUFFERS)
-        names = {bare: name for bare, name in names.items() if bare not in table.BUFFERS}
+        self.ignored = [
+            name
+            for bare, name in names.items()
+            if bare in table.BUFFERS or bare.startswith(table.OTHER_NETWORKS)
+        ]
+        names = {bare: name for bare, name in names.items() if name not in self.ignored}
         names = self._without_tied(names, table.TIED)
         self._scales, names = self._without_scales(names)
         self._names = names

@@ -81,6 +81,11 @@ class ModelBundle:
     identity: str
 
 
+def as_dtype(dtype) -> np.dtype | None:
+    """A NumPy dtype from anything that names one, `"bfloat16"` included; None stays None."""
+    return None if dtype is None else np.dtype(jnp.dtype(dtype))
+
+
 def place_leaves(
     paths: Iterable[str],
     read: Callable[[str], np.ndarray],
@@ -141,7 +146,7 @@ def _read_leaf(file: SafetensorsFile, path: str, dtype: np.dtype | None) -> np.n
 
 def _own_component(directory: Path, kind: str) -> Component:
     def load(dtype=None, device=None) -> Params:
-        dtype = None if dtype is None else jnp.dtype(dtype)
+        dtype = as_dtype(dtype)
         with open_params(directory, kind) as file:
             return place_leaves(file.tensors, lambda path: _read_leaf(file, path, dtype), device)
 
@@ -175,7 +180,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
 
 
 def write_manifest(
-    directory: Path, preset: str, components: Iterable[str], source: str, licence: str | None
+    directory: Path, preset: str | None, components: Iterable[str], source: str, licence: str | None
 ) -> None:
     """Writes `kontext_jax.json`, which makes `directory` a weight directory."""
     write_json(
@@ -206,6 +211,11 @@ def open_bundle(
     directory = Path(path)
     manifest = read_manifest(directory)
     kinds = manifest["components"]
+    if manifest["preset"] is None:
+        raise TensorFileError(
+            f"{directory}: names no preset, since it was converted without a transformer; convert "
+            "the whole model at once, or pass --preset when converting"
+        )
     if manifest["preset"] not in PRESETS:
         raise TensorFileError(
             f"{directory}: preset {manifest['preset']!r}; known are {', '.join(PRESETS)}"

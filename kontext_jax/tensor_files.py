@@ -260,6 +260,10 @@ class SafetensorsFile:
             os.close(self._fd)
             self._fd = None
 
+    def __del__(self):
+        if getattr(self, "_fd", None) is not None:
+            self.close()
+
     def __enter__(self) -> "SafetensorsFile":
         return self
 

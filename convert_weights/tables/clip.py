@@ -17,6 +17,7 @@ WRITTEN_PREFIX = "text_model."
 TIED: dict[str, str] = {}
 # The projection belongs to CLIP's contrastive head; FLUX uses the pooled state before it.
 BUFFERS = frozenset({"embeddings.position_ids", "logit_scale", "text_projection.weight"})
+OTHER_NETWORKS = ("vision_model.", "visual_projection.")
 
 
 def axis_sizes(config: CLIPConfig) -> dict[str, int]:

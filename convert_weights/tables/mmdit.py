@@ -12,6 +12,7 @@ NAMINGS = ("bfl", "diffusers")
 PREFIXES = ("model.diffusion_model.",)
 TIED: dict[str, str] = {}
 BUFFERS: frozenset[str] = frozenset()
+OTHER_NETWORKS: tuple[str, ...] = ()
 
 TIME_CHANNELS = 256  # width of the sinusoidal embedding of t and guidance
 

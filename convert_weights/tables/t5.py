@@ -7,6 +7,7 @@ NAMINGS = ("transformers",)
 PREFIXES = ("text_encoders.t5xxl.transformer.", "text_encoders.t5xxl.")
 TIED = {"encoder.embed_tokens.weight": "shared.weight"}
 BUFFERS = frozenset({"logit_scale", "spiece_model"})
+OTHER_NETWORKS = ("decoder.", "lm_head.")
 
 
 def axis_sizes(config: T5Config) -> dict[str, int]:

@@ -13,6 +13,7 @@ NAMINGS = ("bfl", "diffusers", "diffusers-old")
 PREFIXES = ("first_stage_model.", "vae.")
 TIED: dict[str, str] = {}
 BUFFERS: frozenset[str] = frozenset()
+OTHER_NETWORKS: tuple[str, ...] = ()
 
 _ATTENTION = {  # ours and BFL's → diffusers', diffusers-old's
     "q": ("to_q", "query"),

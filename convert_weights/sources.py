@@ -1,0 +1,286 @@
+"""Where the parts of a model lie: diffusers' folders, BFL's files, single files, or the hub.
+
+For each part the places below are tried in order, in the folder given or the folder of the file given:
+
+    transformer    transformer/            flux1-*.safetensors
+    autoencoder    vae/                    ae.safetensors
+    T5 encoder     text_encoder_2/  t5/    t5xxl*.safetensors
+    CLIP encoder   text_encoder/  clip/    clip_l*.safetensors
+    T5 tokenizer   tokenizer_2/  tokenizers/t5/    t5/    text_encoder_2/
+    CLIP tokenizer tokenizer/    tokenizers/clip/  clip/  text_encoder/
+
+A file that is named itself comes first, for every part that it holds (ComfyUI's all-in-one files hold
+them all).
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from convert_weights.io import ForeignComponent, open_components
+from convert_weights.layouts import KINDS, TITLES, guess_preset, preset_for
+from convert_weights.rules import WeightMismatchError
+from kontext_jax import checkpoint
+from kontext_jax.models.presets import Preset
+
+PLACES = {
+    "mmdit": ("transformer/", "flux1-*.safetensors"),
+    "vae": ("vae/", "ae.safetensors"),
+    "t5": ("text_encoder_2/", "t5/", "t5xxl*.safetensors"),
+    "clip": ("text_encoder/", "clip/", "clip_l*.safetensors"),
+}
+TOKENIZER_PLACES = {
+    "t5": ("tokenizer_2/", "tokenizers/t5/", "t5/", "text_encoder_2/"),
+    "clip": ("tokenizer/", "tokenizers/clip/", "clip/", "text_encoder/"),
+}
+TOKENIZER_FILES = {
+    "t5": ("tokenizer.json", "spiece.model"),
+    "clip": ("tokenizer.json", "vocab.json"),
+}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclasses.dataclass
+class ModelSource:
+    """The components found, opened but unread, and where the tokenizers are."""
+
+    components: dict[str, ForeignComponent]
+    tokenizer_dirs: dict[str, Path]
+    hints: list[str]  # names that may tell which model it is, most telling first
+    where: str
+
+    def close(self) -> None:
+        """Closes every file."""
+        for component in self.components.values():
+            component.close()
+
+    def preset(self, name: str | None) -> Preset | None:
+        """The preset `name`, or the one the names tell; None without a transformer and a name.
+
+        Raises:
+          WeightMismatchError: it cannot be told, or `name` does not fit the transformer.
+        """
+        configs = {kind: component.config for kind, component in self.components.items()}
+        if name is None:
+            if "mmdit" not in configs:
+                return None
+            name = guess_preset(configs["mmdit"], self.hints, self.where)
+        return preset_for(name, configs, self.where)
+
+
+def _matches(folder: Path, place: str) -> list[Path]:
+    if place.endswith("/"):
+        return [folder / place] if (folder / place).is_dir() else []
+    return sorted(folder.glob(place))
+
+
+def _is_weights(path: Path) -> bool:
+    return path.is_file() or any(path.glob("*.safetensors"))
+
+
+def _find(folder: Path, kind: str) -> Path | None:
+    for place in PLACES[kind]:
+        found = [path for path in _matches(folder, place) if _is_weights(path)]
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise WeightMismatchError(
+                f"{folder}: several files may be the {TITLES[kind]} ({names}); name the one you mean"
+            )
+        if found:
+            return found[0]
+    return None
+
+
+def find_tokenizers(folder: Path) -> dict[str, Path]:
+    """The tokenizer folders beside or in `folder`, by kind."""
+    return {
+        kind: found[0]
+        for kind, places in TOKENIZER_PLACES.items()
+        if (
+            found := [
+                folder / place
+                for place in places
+                if any((folder / place / name).is_file() for name in TOKENIZER_FILES[kind])
+            ]
+        )
+    }
+
+
+def tokenizer_kind(folder: Path) -> str | None:
+    """Which tokenizer the files directly in `folder` are, told by their vocabulary or class."""
+    if (folder / "spiece.model").is_file():
+        return "t5"
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return "clip"
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    config = folder / "tokenizer_config.json"
+    name = json.loads(config.read_text("utf-8")).get("tokenizer_class") if config.is_file() else ""
+    return "t5" if "T5" in (name or "") else "clip" if "CLIP" in (name or "") else None
+
+
+def _hints(path: Path, source_names: Iterable[str]) -> list[str]:
+    hints = []
+    if (path / "model_index.json").is_file():
+        index = json.loads((path / "model_index.json").read_text("utf-8"))
+        hints += [str(index.get("_class_name", "")), str(index.get("_name_or_path", ""))]
+        hints = [hint for hint in hints if "Kontext" in hint or "/" in hint]
+    return [*hints, *source_names, path.resolve().name, path.resolve().parent.name]
+
+
+def find_model(
+    path: str | Path,
+    kinds: Iterable[str] = KINDS,
+    complete: bool = True,
+    axes_dim: tuple[int, ...] | None = None,
+) -> ModelSource:
+    """Opens the parts of the model at `path`.
+
+    Args:
+      path: a diffusers folder, a folder of BFL's files, one such file, or a hub id `owner/name`.
+      kinds: the components wanted.
+      complete: whether all of them and both tokenizers must be there.
+      axes_dim: as `layouts.infer_config`.
+
+    Raises:
+      WeightMismatchError: something is missing (all of it named, with the places looked at), or is
+        not what its place says.
+    """
+    path = resolve(path)
+    folder = path if path.is_dir() else path.parent
+    components: dict[str, ForeignComponent] = {}
+    names = [path.name]
+    try:
+        if path.is_file():
+            components |= open_components(path, axes_dim=axes_dim)
+        for kind in kinds:
+            if kind not in components and (place := _find(folder, kind)) is not None:
+                components |= open_components(place, kind, axes_dim=axes_dim)
+        if "mmdit" in components:
+            mmdit = components["mmdit"]
+            title = mmdit.reader.metadata.get("modelspec.title", "")
+            names = [n for n in (title, mmdit.path.name) if n not in ("", "transformer")]
+        tokenizers = find_tokenizers(folder)
+        if complete:
+            _require(folder, kinds, components, tokenizers)
+        return ModelSource(components, tokenizers, _hints(folder, names), str(path))
+    except BaseException:
+        for component in components.values():
+            component.close()
+        raise
+
+
+def _require(folder: Path, kinds: Iterable[str], components: dict, tokenizers: dict) -> None:
+    lines = [
+        f"- {TITLES[kind]}: none of {', '.join(PLACES[kind])}"
+        for kind in kinds
+        if kind not in components
+    ]
+    lines += [
+        f"- {kind.upper()} tokenizer: none of {', '.join(places)} "
+        f"with {' or '.join(TOKENIZER_FILES[kind])}"
+        for kind, places in TOKENIZER_PLACES.items()
+        if kind not in tokenizers
+    ]
+    if lines:
+        raise WeightMismatchError(
+            f"{folder}: not a whole model; looked here for\n  " + "\n  ".join(lines)
+        )
+
+
+def resolve(path: str | Path) -> Path:
+    """`path` if it exists, or the local snapshot of the hub model it names.
+
+    Raises:
+      WeightMismatchError: neither; the message says why the hub did not help.
+    """
+    local = Path(path)
+    if local.exists():
+        return local
+    if not isinstance(path, str) or not _HUB_ID.fullmatch(path):
+        raise WeightMismatchError(
+            f"{path}: no such file or folder (and not a hub id, which is owner/name)"
+        )
+    return download(path)
+
+
+def download(repo: str) -> Path:
+    """The local snapshot of the hub model `repo`: weights, configs and tokenizers, no pickles.
+
+    Where a repository holds a diffusers folder, BFL's single files beside it are not downloaded: they
+    are the same weights again.
+    """
+    import huggingface_hub
+    import huggingface_hub.errors
+    import httpx
+
+    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model"]
+    try:
+        files = huggingface_hub.HfApi().list_repo_files(repo)
+        ignored = None
+        if "model_index.json" in files:
+            ignored = [name for name in files if "/" not in name and name.endswith(".safetensors")]
+        return Path(
+            huggingface_hub.snapshot_download(
+                repo, allow_patterns=patterns, ignore_patterns=ignored
+            )
+        )
+    except (
+        OSError,
+        ValueError,
+        httpx.HTTPError,
+        huggingface_hub.errors.HfHubHTTPError,
+        huggingface_hub.errors.LocalEntryNotFoundError,
+    ) as error:
+        try:  # what was downloaded earlier serves as well
+            return Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
+        except (OSError, ValueError, huggingface_hub.errors.LocalEntryNotFoundError):
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise WeightMismatchError(
+                f"{repo}: no such file or folder here, and the Hugging Face hub could not supply "
+                f"it: {reason}. Check the name and the network; gated models (FLUX.1 dev, Kontext) "
+                "need their licence accepted and `hf auth login`"
+            ) from None
+
+
+def open_foreign_bundle(path: str | Path, preset: str | None = None) -> checkpoint.ModelBundle:
+    """A whole model in a published layout, translated while it is read.
+
+    Every leaf is put on its device and its host copy freed before the next one is read, so the host
+    never holds more than one stacked parameter.
+
+    Args:
+      path: a diffusers folder, BFL's files (a folder, or the transformer's file with the rest beside
+        it; the module says where each part is looked for), or a hub id `owner/name`.
+      preset: which model it is, where names do not tell.
+
+    Raises:
+      TensorFileError, WeightMismatchError: a part is missing, damaged or not what it should be.
+    """
+    source = find_model(path)
+    try:
+        chosen = source.preset(preset)
+        readers = {kind: component.reader for kind, component in source.components.items()}
+        identity = checkpoint.fingerprint(readers)
+    except BaseException:
+        source.close()
+        raise
+    components = {
+        kind: checkpoint.Component(component.config, _loader(component))
+        for kind, component in source.components.items()
+    }
+    namings = ", ".join(sorted({component.naming for component in source.components.values()}))
+    line = f"{path} ({chosen.name}, {namings} layout, translated while being read)"
+    return checkpoint.ModelBundle(chosen, components, source.tokenizer_dirs, line, identity)
+
+
+def _loader(component: ForeignComponent):
+    def load(dtype=None, device=None):
+        dtype = checkpoint.as_dtype(dtype)
+        return checkpoint.place_leaves(
+            component.leaves, lambda leaf: component.read_leaf(leaf, dtype), device
+        )
+
+    return load
