@@ -42,14 +42,12 @@ _FLOATS = frozenset(FLOAT_DTYPES.values())
 _FP8 = frozenset({DTYPES["F8_E4M3"], DTYPES["F8_E5M2"]})
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
-_scratch = threading.local()
 
+class ThreadScratch(threading.local):
+    """One `Scratch` for every thread that asks."""
 
-def thread_scratch(name: str) -> Scratch:
-    """This thread's reusable buffer for the purpose `name`."""
-    if not hasattr(_scratch, name):
-        setattr(_scratch, name, Scratch())
-    return getattr(_scratch, name)
+    def __init__(self):
+        self.buffer = Scratch()
 
 
 class NonFiniteError(TensorFileError):
@@ -102,6 +100,7 @@ class ForeignComponent:
         """
         self.path, self.reader, self.kind, self.naming = path, reader, kind, naming
         self.where = str(path)
+        self._scratch = ThreadScratch()
         table = TABLES[kind]
         self.ignored = [
             name
@@ -234,7 +233,7 @@ class ForeignComponent:
 
     def _fill(self, move: Move, out: np.ndarray) -> None:
         rows = move.row_region()
-        source = self.read_source(move.source, rows, thread_scratch("read"))
+        source = self.read_source(move.source, rows, self._scratch.buffer)
         self.translate(move, source, out.dtype, out, has_region=rows is not None)
 
     def read_leaf(self, path: str, dtype: np.dtype | None = None) -> np.ndarray:
@@ -263,6 +262,7 @@ class OwnComponent:
     def __init__(self, directory: Path, kind: str):
         """Opens `directory/kind`; raises `WeightMismatchError` if leaves are missing or wrong."""
         self.path, self.kind = directory / kind, kind
+        self._scratch = ThreadScratch()
         self.config = checkpoint.read_config(directory, kind)
         self.reader = checkpoint.open_params(directory, kind)
         self.leaves = self.reader.tensors
@@ -287,11 +287,11 @@ class OwnComponent:
         return sum(int(np.prod(info.shape)) for info in self.leaves.values())
 
     def read_slice(self, path: str, layer: int | None, dtype: np.dtype | None = None) -> np.ndarray:
-        """The leaf `path`, or the slice of a stack at `layer`."""
-        if layer is None:
-            array = self.reader.read(path)
-        else:
-            array = self.reader.read(path, slice(layer, layer + 1))[0]
+        """The leaf `path`, or the slice of a stack at `layer`; valid until this thread's next."""
+        rows = None if layer is None else slice(layer, layer + 1)
+        array = self.reader.read(path, rows, self._scratch.buffer)
+        if layer is not None:
+            array = array[0]
         if has_nonfinite(array):
             raise NonFiniteError(str(self.path), [path])
         return cast(array, dtype, path)

@@ -213,12 +213,12 @@ def download(repo: str) -> Path:
     are the same weights again.
     """
     import huggingface_hub
-    import huggingface_hub.errors
-    import httpx
 
-    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model"]
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model"]
+    # The hub's client lets errors of whatever HTTP library it uses through, so none can be named.
     try:
-        files = huggingface_hub.HfApi().list_repo_files(repo)
+        siblings = huggingface_hub.HfApi().model_info(repo, timeout=20).siblings or ()
+        files = [sibling.rfilename for sibling in siblings]
         ignored = None
         if "model_index.json" in files:
             ignored = [name for name in files if "/" not in name and name.endswith(".safetensors")]
@@ -227,16 +227,10 @@ def download(repo: str) -> Path:
                 repo, allow_patterns=patterns, ignore_patterns=ignored
             )
         )
-    except (
-        OSError,
-        ValueError,
-        httpx.HTTPError,
-        huggingface_hub.errors.HfHubHTTPError,
-        huggingface_hub.errors.LocalEntryNotFoundError,
-    ) as error:
+    except Exception as error:
         try:  # what was downloaded earlier serves as well
             return Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
-        except (OSError, ValueError, huggingface_hub.errors.LocalEntryNotFoundError):
+        except Exception:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise WeightMismatchError(
                 f"{repo}: no such file or folder here, and the Hugging Face hub could not supply "

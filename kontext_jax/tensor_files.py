@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import struct
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,8 @@ class SafetensorsFile:
         self.path = Path(path)
         if not self.path.is_file():
             raise TensorFileError(f"{path}: no such file")
-        self._fd: int | None = os.open(self.path, os.O_RDONLY)
+        self._fd = os.open(self.path, os.O_RDONLY)
+        self._finalizer = weakref.finalize(self, os.close, self._fd)
         try:
             size = os.fstat(self._fd).st_size
             self._data_start, tensors, self.metadata = self._read_header(size)
@@ -255,14 +257,9 @@ class SafetensorsFile:
         return buffer.view(info.dtype).reshape(shape)
 
     def close(self) -> None:
-        """Closes the file; further reads fail."""
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
-
-    def __del__(self):
-        if getattr(self, "_fd", None) is not None:
-            self.close()
+        """Closes the file; further reads fail. Happens by itself when nobody holds it any more."""
+        self._finalizer()
+        self._fd = -1
 
     def __enter__(self) -> "SafetensorsFile":
         return self
