@@ -1,0 +1,94 @@
+"""Programs compiled once: kept on disk between runs, in memory within one, and timed apart."""
+
+import collections
+import contextlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Hashable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+CACHE_VARIABLE = "KONTEXT_JAX_CACHE"
+
+
+def default_cache_dir() -> Path:
+    """$KONTEXT_JAX_CACHE, or compiled/ in this platform's folder for caches."""
+    if given := os.environ.get(CACHE_VARIABLE):
+        return Path(given)
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "kontext_jax" / "compiled"
+
+
+def keep_compiled_programs(directory: str | os.PathLike) -> Path:
+    """Makes JAX keep every compiled program in `directory` and look there first.
+
+    Raises:
+      ValueError: the directory cannot be written.
+    """
+    directory = Path(directory).expanduser()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"compiled programs cannot be kept in {directory}: {error.strerror or error}; set "
+            f"{CACHE_VARIABLE} to another folder, or use --no-cache"
+        ) from error
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    # The default keeps only what took a second; a run here is made of several shorter ones.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return directory
+
+
+class Timings:
+    """Wall time in seconds by stage, summed over a run."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = collections.defaultdict(float)
+
+    @contextlib.contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - start
+
+    def table(self) -> str:
+        """One line a stage and their sum, in the order in which they first ran."""
+        rows = [*self.seconds.items(), ("total", sum(self.seconds.values()))]
+        width = max(len(stage) for stage, _ in rows)
+        return "\n".join(f"  {stage:<{width}}  {seconds:8.2f} s" for stage, seconds in rows)
+
+
+class Executables:
+    """Functions compiled ahead of time, one program for each set of shapes."""
+
+    def __init__(self, timings: Timings):
+        self._timings = timings
+        self._compiled: dict[Hashable, Any] = {}
+
+    def get(self, key: Hashable, make: Callable[[], Callable], *args: Any) -> Callable:
+        """The program of `make()` for arguments like `args`, whose call takes just such arguments.
+
+        Args:
+          key: names the function with all that it closes over: equal keys, equal functions.
+        """
+        leaves, tree = jax.tree.flatten(args)
+        shapes = tuple((jax.numpy.shape(x), jax.numpy.result_type(x)) for x in leaves)
+        full_key = (key, tree, shapes)
+        if full_key not in self._compiled:
+            with self._timings.measure("compile"):
+                self._compiled[full_key] = jax.jit(make()).lower(*args).compile()
+        return self._compiled[full_key]
