@@ -217,12 +217,9 @@ class ForeignComponent:
             raise NonFiniteError(self.where, [name])
         return array
 
-    def translate(
-        self, move: Move, source: np.ndarray, dtype: np.dtype, out: np.ndarray, has_region: bool
-    ) -> None:
-        """Fills `out`, our slice in `dtype`, from the published tensor or its region."""
-        source = cast(source, dtype, move.source, self._scales.get(move.source))
-        move.to_ours(source, out, has_region)
+    def cast_source(self, name: str, source: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """The published tensor `name`, or rows of it, in `dtype` and times its scale."""
+        return cast(source, dtype, name, self._scales.get(name))
 
     def read_slice(self, path: str, layer: int | None, dtype: np.dtype | None = None) -> np.ndarray:
         """The leaf `path`, or the slice of a stack at `layer`, in our layout."""
@@ -234,7 +231,8 @@ class ForeignComponent:
     def _fill(self, move: Move, out: np.ndarray) -> None:
         rows = move.row_region()
         source = self.read_source(move.source, rows, self._scratch.buffer)
-        self.translate(move, source, out.dtype, out, has_region=rows is not None)
+        source = self.cast_source(move.source, source, out.dtype)
+        move.to_ours(source, out, has_region=rows is not None)
 
     def read_leaf(self, path: str, dtype: np.dtype | None = None) -> np.ndarray:
         """The whole leaf, stack included; its layers are read in `NUM_THREADS` threads."""

@@ -121,13 +121,18 @@ def tokenizer_kind(folder: Path) -> str | None:
     return "t5" if "T5" in (name or "") else "clip" if "CLIP" in (name or "") else None
 
 
-def _hints(path: Path, source_names: Iterable[str]) -> list[str]:
+def naming_hints(path: Path, components: dict[str, ForeignComponent]) -> list[str]:
+    """Names that may tell which model the weights at `path` are, most telling first."""
     hints = []
     if (path / "model_index.json").is_file():
         index = json.loads((path / "model_index.json").read_text("utf-8"))
-        hints += [str(index.get("_class_name", "")), str(index.get("_name_or_path", ""))]
-        hints = [hint for hint in hints if "Kontext" in hint or "/" in hint]
-    return [*hints, *source_names, path.resolve().name, path.resolve().parent.name]
+        hints.append(str(index.get("_name_or_path", "")))
+        if "Kontext" in str(index.get("_class_name", "")):
+            hints.append("kontext")
+    if "mmdit" in components:
+        mmdit = components["mmdit"]
+        hints += [mmdit.reader.metadata.get("modelspec.title", ""), mmdit.path.stem]
+    return [*hints, path.resolve().stem, path.resolve().parent.name]
 
 
 def find_model(
@@ -151,21 +156,16 @@ def find_model(
     path = resolve(path)
     folder = path if path.is_dir() else path.parent
     components: dict[str, ForeignComponent] = {}
-    names = [path.name]
     try:
         if path.is_file():
             components |= open_components(path, axes_dim=axes_dim)
         for kind in kinds:
             if kind not in components and (place := _find(folder, kind)) is not None:
                 components |= open_components(place, kind, axes_dim=axes_dim)
-        if "mmdit" in components:
-            mmdit = components["mmdit"]
-            title = mmdit.reader.metadata.get("modelspec.title", "")
-            names = [n for n in (title, mmdit.path.name) if n not in ("", "transformer")]
         tokenizers = find_tokenizers(folder)
         if complete:
             _require(folder, kinds, components, tokenizers)
-        return ModelSource(components, tokenizers, _hints(folder, names), str(path))
+        return ModelSource(components, tokenizers, naming_hints(path, components), str(path))
     except BaseException:
         for component in components.values():
             component.close()

@@ -281,6 +281,10 @@ class Scratch:
             self._buffer = np.empty(nbytes, np.uint8)
         return self._buffer[:nbytes]
 
+    def take_array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """The same as an array."""
+        return self.take(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+
 
 class ShardedTensors:
     """Several files that hold one set of tensors, as an `*.index.json` maps them."""

@@ -1,0 +1,205 @@
+"""Command line: to-jax, to-torch, check, inspect."""
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import rich.progress
+import rich.table
+from rich.console import Console
+
+from convert_weights.compare import compare, describe
+from convert_weights.layouts import TITLES
+from convert_weights.to_jax import Summary, to_jax
+from convert_weights.to_torch import LAYOUTS, to_torch
+from kontext_jax.checkpoint import as_dtype
+from kontext_jax.models.presets import PRESETS
+
+DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """`10GB`, `500MB` or a number of bytes, as Hugging Face counts them."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", text.strip().upper())
+    if not match or match[2] not in _UNITS or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 10GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def parse_axes(text: str) -> tuple[int, ...]:
+    """`16,56,56`."""
+    try:
+        axes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        axes = ()
+    if len(axes) != 3 or any(axis <= 0 or axis % 2 for axis in axes):
+        raise argparse.ArgumentTypeError(f"{text!r} is not three even numbers such as 16,56,56")
+    return axes
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line's grammar and help."""
+    parser = argparse.ArgumentParser(
+        prog="python -m convert_weights",
+        description="Moves FLUX weights between the published PyTorch layouts and ours.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    axes = {
+        "type": parse_axes,
+        "metavar": "A,B,C",
+        "help": "rotary axes of a transformer whose heads are not 128 wide and that has no "
+        "config.json beside it",
+    }
+
+    jax = commands.add_parser(
+        "to-jax",
+        help="published weights → our directory",
+        description="Converts published weights into our weight directory.",
+        epilog="examples:\n"
+        "  python -m convert_weights to-jax FLUX.1-Kontext-dev/ --out weights/kontext\n"
+        "  python -m convert_weights to-jax flux1-kontext-dev.safetensors ae.safetensors \\\n"
+        "      text_encoder/ text_encoder_2/ tokenizer/ tokenizer_2/ --out weights/kontext\n"
+        "  python -m convert_weights to-jax black-forest-labs/FLUX.1-schnell --out weights/schnell",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    jax.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SRC",
+        help="a diffusers folder, BFL's folder or files, transformers' folders of text encoders and "
+        "tokenizers, ComfyUI's files, or a hub id owner/name",
+    )
+    jax.add_argument("--out", required=True, type=Path, help="directory to make")
+    jax.add_argument("--dtype", choices=DTYPES, help="store as this (default: as in the source)")
+    jax.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        help="which model it is; needed where neither names nor shapes tell (kontext-dev, flux-dev "
+        "and krea-dev have the same shapes)",
+    )
+    jax.add_argument("--axes-dim", **axes)
+
+    torch = commands.add_parser(
+        "to-torch",
+        help="our directory → BFL's or diffusers' files",
+        description="Writes our weight directory in a published layout.",
+    )
+    torch.add_argument("directory", type=Path, metavar="DIR", help="our weight directory")
+    torch.add_argument("--out", required=True, type=Path, help="folder to make")
+    torch.add_argument(
+        "--layout",
+        required=True,
+        choices=LAYOUTS,
+        help="bfl: flux1-*.safetensors, ae.safetensors and text encoder folders; "
+        "diffusers: a folder for from_pretrained",
+    )
+    torch.add_argument("--dtype", choices=DTYPES, help="store as this (default: as in DIR)")
+    torch.add_argument(
+        "--max-shard-size",
+        type=parse_size,
+        default="10GB",
+        metavar="SIZE",
+        help="largest file of the diffusers layout and of text encoders (default 10GB)",
+    )
+
+    check = commands.add_parser(
+        "check",
+        help="are these the same weights?",
+        description="Compares two sets of weights in any layouts; exit code 1 if they differ.",
+    )
+    check.add_argument("a", metavar="A", help="a file, folder or our directory")
+    check.add_argument("b", metavar="B", help="another")
+    check.add_argument("--axes-dim", **axes)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="what is this file?",
+        description="Says what a file or folder is: component, model, layout, dtypes, parameters.",
+    )
+    inspect.add_argument("path", metavar="PATH", help="a file, folder or our directory")
+    inspect.add_argument("--axes-dim", **axes)
+    return parser
+
+
+@contextmanager
+def _progress(console: Console, title: str):
+    columns = (
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.DownloadColumn(),
+        rich.progress.TransferSpeedColumn(),
+        rich.progress.TimeRemainingColumn(),
+    )
+    with rich.progress.Progress(*columns, console=console, transient=True) as progress:
+
+        def start(total: int) -> Callable[[int], None]:
+            task = progress.add_task(title, total=total)
+            return lambda count: progress.advance(task, count)
+
+        yield start
+
+
+def _summary(summary: Summary, out: Path, seconds: float) -> str:
+    names = ", ".join(TITLES[kind] for kind in summary.components) or "tokenizers"
+    line = (
+        f"{out}: {names}; {summary.preset or 'no preset'}; "
+        f"{summary.num_parameters:,} parameters in {', '.join(summary.dtypes) or 'no tensors'}; "
+        f"{summary.num_bytes / 1e9:.2f} GB in {seconds:.1f} s"
+    )
+    return "; ".join([line, *summary.notes])
+
+
+def _inspect(console: Console, args: argparse.Namespace) -> None:
+    for title, rows in describe(args.path, args.axes_dim):
+        table = rich.table.Table(title=title, title_justify="left", show_header=False, box=None)
+        for label, value in rows:
+            table.add_row(label, str(value))
+        console.print(table)
+
+
+def _check(console: Console, args: argparse.Namespace) -> int:
+    with _progress(console, "compare") as start:
+        differences, remarks = compare(args.a, args.b, args.axes_dim, start)
+    for line in remarks:
+        print(line)
+    for line in differences:
+        print(line)
+    verdict = f"{len(differences)} differences" if differences else "the same weights"
+    print(f"{args.a} and {args.b}: {verdict}")
+    return 1 if differences else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; 0 is success, 1 a difference or an error, told on standard error."""
+    args = make_parser().parse_args(argv)
+    console, begin = Console(stderr=True), time.perf_counter()
+    try:
+        if args.command == "inspect":
+            _inspect(Console(), args)
+            return 0
+        if args.command == "check":
+            return _check(console, args)
+        dtype = as_dtype(args.dtype)
+        with _progress(console, args.command) as start:
+            if args.command == "to-jax":
+                summary = to_jax(args.sources, args.out, dtype, args.preset, args.axes_dim, start)
+            else:
+                summary = to_torch(
+                    args.directory, args.out, args.layout, dtype, args.max_shard_size, start
+                )
+        print(_summary(summary, args.out, time.perf_counter() - begin))
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
