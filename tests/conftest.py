@@ -1,0 +1,80 @@
+"""Options and reports of the whole suite.
+
+`--require-parity` turns every skipped parity test into a failure: continuous integration must not
+pass because torch or the reference data was missing.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--require-parity",
+        action="store_true",
+        help="fail instead of skipping a parity test whose references are missing",
+    )
+    parser.addoption(
+        "--parity-seed",
+        type=int,
+        help="seed of the randomly drawn parity tests; the default is drawn, and printed",
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    is_parity = item.get_closest_marker("parity") is not None
+    if report.skipped and is_parity and item.config.getoption("--require-parity"):
+        reason = call.excinfo.value if call.excinfo else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"--require-parity, but this test was skipped: {reason}"
+    return report
+
+
+@dataclasses.dataclass
+class Comparisons:
+    """What the parity tests measured, printed at the end of the run."""
+
+    pictures: list[tuple[str, int, float, float]] = dataclasses.field(default_factory=list)
+    tensors: dict[str, tuple[float, str]] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def add_picture(self, name: str, ours: np.ndarray, theirs: np.ndarray) -> None:
+        """Notes the difference of two pictures with values in [0, 1]."""
+        difference = np.abs(np.asarray(ours, np.float64) - theirs) * 255
+        self.pictures.append((name, theirs.size, difference.max(), difference.mean()))
+
+    def add_tensor(self, case: str, output: str, share: float) -> None:
+        """Notes which share of its tolerance an output used; keeps the largest of a case."""
+        if share >= self.tensors.get(case, (-1.0, ""))[0]:
+            self.tensors[case] = (share, output)
+
+
+_COMPARISONS = pytest.StashKey[Comparisons]()
+
+
+@pytest.fixture(scope="session")
+def comparisons(pytestconfig) -> Comparisons:
+    """Collects figures for the tables at the end of the run."""
+    return pytestconfig.stash.setdefault(_COMPARISONS, Comparisons())
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    measured = config.stash.get(_COMPARISONS, None)
+    if measured is None:
+        return
+    write = terminalreporter.write_line
+    if measured.tensors:
+        terminalreporter.section("largest share of the tolerance used")
+        for case, (share, output) in sorted(measured.tensors.items()):
+            write(f"{case:<52} {share:7.3f}  {output}")
+    if measured.pictures:
+        terminalreporter.section("pictures, difference to the reference in 1/255")
+        write(f"{'picture':<58} {'values':>8} {'max':>10} {'mean':>10}")
+        for name, size, largest, mean in sorted(measured.pictures):
+            write(f"{name:<58} {size:8d} {largest:10.5f} {mean:10.6f}")
+    for note in measured.notes:
+        write(note)
