@@ -217,16 +217,24 @@ def _convert_tokenizer(class_name: str, folder: Path):
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
 
-    # By name: AutoTokenizer imports torch.
-    tokenizer = getattr(transformers, class_name).from_pretrained(folder, local_files_only=True)
-    return tokenizer.backend_tokenizer
+    tokenizer_class = getattr(transformers, class_name)  # by name: AutoTokenizer imports torch
+    try:
+        return tokenizer_class.from_pretrained(folder, local_files_only=True).backend_tokenizer
+    except Exception as error:  # from Rust, and misleading for a damaged spiece.model
+        raise ValueError(
+            f"the tokenizer files in {folder} cannot be read; they may be damaged, or the package "
+            f"sentencepiece missing (transformers says: {error})"
+        ) from error
 
 
 def _pad_id(tokenizer, folder: Path) -> int:
     """CLIP's padding: the token that the folder names, or the end-of-text token."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = folder / name
-        fields = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON file: {error}") from error
         if token := fields.get("pad_token"):
             break
     else:

@@ -141,6 +141,27 @@ def test_folders_without_a_tokenizer_are_refused(tmp_path):
         Tokenizers(ASSETS / "clip", ASSETS / "clip").tokenize(["x"])
 
 
+def test_damaged_files_are_named(tmp_path):
+    whole = (ASSETS / "t5" / "spiece.model").read_bytes()
+    (tmp_path / "spiece.model").write_bytes(whole[:500])
+    with pytest.raises(ValueError, match=rf"in {tmp_path} cannot be read; they may be damaged"):
+        Tokenizers(tmp_path, ASSETS / "clip").tokenize(["x"])
+    shutil.copy(ASSETS / "clip" / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer_config.json is no JSON file"):
+        Tokenizers(ASSETS / "t5", tmp_path).tokenize(["x"])
+
+
+def test_clip_pads_with_the_token_its_folder_names(tmp_path):
+    shutil.copy(ASSETS / "clip" / "tokenizer.json", tmp_path)
+    (tmp_path / "special_tokens_map.json").write_text('{"pad_token": {"content": "!"}}')
+    ids, _ = Tokenizers(ASSETS / "t5", tmp_path).tokenize(["red"])
+    assert (ids.clip[0, 3:] == 0).all()
+    (tmp_path / "special_tokens_map.json").write_text('{"pad_token": "<nothing>"}')
+    with pytest.raises(ValueError, match="names the pad_token '<nothing>', which the vocabulary"):
+        Tokenizers(ASSETS / "t5", tmp_path).tokenize(["red"])
+
+
 def test_a_hub_id_is_fetched_and_a_failure_explained(monkeypatch):
     def snapshot_download(repo_id, allow_patterns):
         if repo_id == "owner/missing":
