@@ -174,6 +174,8 @@ class Modulation(nn.Module):
         if self.num_layers is None:
             out = matmul(rows, kernel) + bias
         else:
-            # The layer is a batch axis of the product: the kernel is read where it lies.
-            out = jax.vmap(matmul, in_axes=(None, 0), out_axes=1)(rows, kernel) + bias
+            # The layer is a batch axis of both factors. If the rows lacked it, XLA would first move
+            # the contracted axis of the whole stack of kernels to the front: a copy of gigabytes.
+            rows = jnp.broadcast_to(rows, (self.num_layers, *rows.shape))
+            out = jax.vmap(matmul, out_axes=1)(rows, kernel) + bias
         return out.reshape(*vec.shape[:-1], *out.shape[1:])

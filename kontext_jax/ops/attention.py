@@ -21,7 +21,7 @@ from jax import lax
 Backend = Literal["auto", "reference", "chunked", "cudnn", "splash"]
 
 BACKENDS = ("auto", "reference", "chunked", "cudnn", "splash")
-QUERY_CHUNK = 128
+QUERY_BLOCK = 384  # score rows held at a time by `chunked`
 SPLASH_LANES = 128  # the TPU kernel's tiles are this wide
 SPLASH_BLOCK_Q = 512
 SPLASH_MAX_BLOCK_KV = 2176  # 8704 = 4·2176: 512 text and twice 4096 image tokens need no padding
@@ -101,28 +101,43 @@ def _reference(q, k, v, bias, mask, scale):
 
 
 def _chunked(q, k, v, scale):
-    """Whole score rows of a block of queries at a time; the backward pass recomputes them."""
-    num_queries = q.shape[2]
-    num_chunks = -(-num_queries // QUERY_CHUNK)
-    chunk = -(-num_queries // num_chunks)
-    padding = num_chunks * chunk - num_queries
-    padded = jnp.pad(q, ((0, 0), (0, 0), (0, padding), (0, 0)))
+    """Whole score rows of a block of queries at a time; the backward pass recomputes them.
+
+    On the CPU also one head at a time: its products are faster alone than as a batch, and the
+    scores of one head stay in cache.
+    """
+
+    def by_head(q, k, v):
+        heads = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+        return lax.map(lambda head: _in_query_blocks(*head, scale), tuple(heads)).reshape(q.shape)
+
+    return lax.platform_dependent(
+        q, k, v, cpu=by_head, default=functools.partial(_in_query_blocks, scale=scale)
+    )
+
+
+def _in_query_blocks(q, k, v, scale):
+    """[..., S, Dh] → [..., S, Dh], holding [..., block, S] scores."""
+    *batch, num_queries, head_dim = q.shape
+    num_blocks = -(-num_queries // QUERY_BLOCK)
+    block = -(-num_queries // num_blocks)
+    padding = [(0, 0)] * len(batch) + [(0, num_blocks * block - num_queries), (0, 0)]
+    blocks = jnp.pad(q, padding).reshape(*batch, num_blocks, block, head_dim)
 
     @jax.checkpoint
-    def attend(start):
-        rows = lax.dynamic_slice_in_dim(padded, start, chunk, axis=2)
-        scores = jnp.einsum("bhqd,bhkd->bhqk", rows, k, preferred_element_type=jnp.float32)
-        peak = jnp.max(scores, axis=-1, keepdims=True)
-        weights = jnp.exp((scores - lax.stop_gradient(peak)) * scale)
+    def attend(rows):
+        scores = jnp.einsum("...qd,...kd->...qk", rows, k, preferred_element_type=jnp.float32)
+        peak = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+        weights = jnp.exp((scores - peak) * scale)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         out = jnp.einsum(
-            "bhqk,bhkd->bhqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+            "...qk,...kd->...qd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
         )
         return (out / total).astype(q.dtype)
 
-    out = lax.map(attend, jnp.arange(num_chunks) * chunk)  # [num_chunks, B, H, chunk, Dh]
-    out = jnp.moveaxis(out, 0, 2).reshape(padded.shape)
-    return out[:, :, :num_queries]
+    out = lax.map(attend, jnp.moveaxis(blocks, -3, 0))  # [num_blocks, ..., block, Dh]
+    out = jnp.moveaxis(out, 0, -3).reshape(*batch, num_blocks * block, head_dim)
+    return out[..., :num_queries, :]
 
 
 def _cudnn_limit(q) -> str | None:
