@@ -38,14 +38,21 @@ def pytest_runtest_makereport(item, call):
 class Comparisons:
     """What the parity tests measured, printed at the end of the run."""
 
-    pictures: list[tuple[str, int, float, float]] = dataclasses.field(default_factory=list)
+    pictures: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     tensors: dict[str, tuple[float, str]] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
 
-    def add_picture(self, name: str, ours: np.ndarray, theirs: np.ndarray) -> None:
-        """Notes the difference of two pictures with values in [0, 1]."""
+    def add_picture(
+        self, name: str, ours: np.ndarray, theirs: np.ndarray, our_bytes, their_bytes
+    ) -> None:
+        """Notes the differences of two pictures: values in [0, 1], and the bytes made of them."""
         difference = np.abs(np.asarray(ours, np.float64) - theirs) * 255
-        self.pictures.append((name, theirs.size, difference.max(), difference.mean()))
+        levels = np.abs(np.asarray(our_bytes, np.int16) - their_bytes)
+        figures = (
+            f"{theirs.size:8d} {difference.max():10.5f} {difference.mean():10.6f} "
+            f"{np.count_nonzero(levels):10d} {levels.max():6d}"
+        )
+        self.pictures.append((name, figures))
 
     def add_tensor(self, case: str, output: str, share: float) -> None:
         """Notes which share of its tolerance an output used; keeps the largest of a case."""
@@ -72,9 +79,9 @@ def pytest_terminal_summary(terminalreporter, config):
         for case, (share, output) in sorted(measured.tensors.items()):
             write(f"{case:<52} {share:7.3f}  {output}")
     if measured.pictures:
-        terminalreporter.section("pictures, difference to the reference in 1/255")
-        write(f"{'picture':<58} {'values':>8} {'max':>10} {'mean':>10}")
-        for name, size, largest, mean in sorted(measured.pictures):
-            write(f"{name:<58} {size:8d} {largest:10.5f} {mean:10.6f}")
+        terminalreporter.section("pictures: difference to the reference in 1/255")
+        write(f"{'':<44} {'values':>8} {'max':>10} {'mean':>10} {'bytes off':>10} {'by':>6}")
+        for name, figures in sorted(measured.pictures):
+            write(f"{name:<44} {figures}")
     for note in measured.notes:
         write(note)
