@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kontext_jax.models.clip import CLIPText, pooled_positions, quick_gelu
+from kontext_jax.models.clip import ACTIVATIONS, CLIPText, pooled_positions
 from kontext_jax.models.presets import CLIPConfig
 
 CONFIG = CLIPConfig(
@@ -83,10 +83,17 @@ def test_untrained_weights_tell_prompts_apart():
 def test_activation_follows_the_config():
     quick, _ = encode(IDS)
     exact, _ = encode(IDS, dataclasses.replace(CONFIG, hidden_act="gelu"))
-    difference = np.abs(quick - exact).max()
-    assert 1e-4 < difference < 0.1
-    # x · sigmoid(1.702 x) at 1 is 0.845796; the exact GELU is 0.841345.
-    np.testing.assert_allclose(quick_gelu(jnp.float32(1)), 0.845796, atol=1e-6)
+    assert np.abs(quick - exact).max() > 1e-4
+    with pytest.raises(
+        ValueError, match=r"'relu' is unknown; choose one of \['gelu', 'quick_gelu'\]"
+    ):
+        CLIPText(dataclasses.replace(CONFIG, hidden_act="relu"))
+
+
+# 1/(1 + e^−1.702), and (1 + erf(1/√2))/2; the tanh form of the GELU is 0.841192 there.
+@pytest.mark.parametrize(("name", "value"), [("quick_gelu", 0.845796), ("gelu", 0.841345)])
+def test_activation_at_one(name, value):
+    np.testing.assert_allclose(ACTIVATIONS[name](jnp.float32(1)), value, atol=1e-6)
 
 
 def test_bfloat16_stays_close_to_float32():

@@ -36,9 +36,10 @@ def pooled_positions(token_ids: Int[Array, "B T"], eos_token_id: int) -> Int[Arr
     return (token_ids == eos_token_id).argmax(axis=-1)
 
 
-def quick_gelu(x: jax.Array) -> jax.Array:
-    """x · sigmoid(1.702 x), OpenAI's approximation of the GELU."""
-    return x * nn.sigmoid(1.702 * x)
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI's approximation of the GELU
+    "gelu": partial(nn.gelu, approximate=False),
+}
 
 
 class CLIPBlock(nn.Module):
@@ -78,12 +79,9 @@ class CLIPBlock(nn.Module):
         y = attention(q, k, v, backend="reference", mask=mask)
         x = x + project("out_proj", (*heads[1:], heads[0]), "bhtk,hkd->btd", width * deep)(y)
 
-        activation = (
-            quick_gelu if c.hidden_act == "quick_gelu" else partial(nn.gelu, approximate=False)
-        )
         y = norm("layer_norm2")(x)
         y = project("fc1", (c.hidden_size, c.intermediate_size), "btd,df->btf", width)(y)
-        y = activation(y).astype(self.dtype)
+        y = ACTIVATIONS[c.hidden_act](y).astype(self.dtype)
         x = x + project("fc2", (c.intermediate_size, c.hidden_size), "btf,fd->btd", width * deep)(y)
         return x, None
 
@@ -95,10 +93,21 @@ class CLIPText(nn.Module):
       config: sizes, activation and pooling rule.
       dtype: compute dtype of the matmuls and dtype of the output; parameters may be stored in
         another.
+
+    Raises:
+      ValueError: for an unknown activation.
     """
 
     config: CLIPConfig
     dtype: Any = jnp.bfloat16
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.config.hidden_act not in ACTIVATIONS:
+            raise ValueError(
+                f"hidden_act {self.config.hidden_act!r} is unknown; choose one of "
+                f"{sorted(ACTIVATIONS)}"
+            )
 
     @nn.compact
     @typed
