@@ -14,7 +14,10 @@ there is); `config` is the dataclass of `kontext_jax.models.presets`, needed onl
 nor a config.json beside the weights tell it (heads that are not 128 wide, say).
 """
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from convert_weights.io import NonFiniteError, open_components
 from convert_weights.layouts import Config
@@ -22,7 +25,9 @@ from convert_weights.rules import WeightMismatchError
 from convert_weights.sources import open_foreign_bundle
 from kontext_jax.checkpoint import as_dtype
 from kontext_jax.tensor_files import TensorFileError, unflatten
-from kontext_jax.types import Params
+
+if TYPE_CHECKING:
+    from kontext_jax.types import Params
 
 
 def read_component(

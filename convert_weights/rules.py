@@ -21,7 +21,7 @@ import numpy as np
 
 Axes = tuple  # of axis names, or of tuples of them for dimensions that are kept together
 
-TILE = 128
+TILE = 256
 
 
 class WeightMismatchError(ValueError):
@@ -290,7 +290,7 @@ def tiled_copy(out: np.ndarray, source: np.ndarray) -> None:
     NumPy's own strided copy of a large transposition misses the cache at every element; going
     through two small contiguous tiles is some five times faster.
     """
-    if out.size < 4 * TILE * TILE:
+    if out.size < TILE * TILE:
         np.copyto(out, source)
         return
     rank = out.ndim

@@ -4,15 +4,15 @@
 and a function that reads its weights now, so that nothing is in memory before it is needed.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kontext_jax.models.presets import (
@@ -36,7 +36,11 @@ from kontext_jax.tensor_files import (
     write_folder,
     write_json,
 )
-from kontext_jax.types import Params
+
+if TYPE_CHECKING:  # converting and inspecting weights must not wait for jax to be imported
+    import jax
+
+    from kontext_jax.types import Params
 
 FORMAT = 1
 MANIFEST = "kontext_jax.json"
@@ -83,7 +87,7 @@ class ModelBundle:
 
 def as_dtype(dtype) -> np.dtype | None:
     """A NumPy dtype from anything that names one, `"bfloat16"` included; None stays None."""
-    return None if dtype is None else np.dtype(jnp.dtype(dtype))
+    return None if dtype is None else np.dtype(dtype)
 
 
 def place_leaves(
@@ -92,6 +96,8 @@ def place_leaves(
     device: jax.Device | jax.sharding.Sharding | None,
 ) -> Params:
     """The tree of `read(path)`, each leaf on its device before the next one is read."""
+    import jax
+
     leaves = {}
     for path in paths:
         leaves[path] = jax.device_put(read(path), device).block_until_ready()

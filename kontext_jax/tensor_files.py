@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import struct
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -408,6 +409,7 @@ class SafetensorsWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # data starts aligned
         self._data_start = 8 + len(text)
+        self._lock = threading.Lock()
         self._missing = {name: info.nbytes for name, info in self.tensors.items()}
         self._fd: int | None = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
@@ -436,8 +438,10 @@ class SafetensorsWriter:
             )
         array = np.ascontiguousarray(array)
         offset = self._data_start + info.start + (layer or 0) * array.nbytes
-        self._pwrite(array.reshape(-1).view(np.uint8), offset)
-        self._missing[name] -= array.nbytes
+        # The kernel lets one thread write to a file at a time and has the others spin for it.
+        with self._lock:
+            self._pwrite(array.reshape(-1).view(np.uint8), offset)
+            self._missing[name] -= array.nbytes
 
     def finish(self) -> None:
         """Makes the file durable and gives it its name.
