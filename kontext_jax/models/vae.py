@@ -7,9 +7,9 @@
 Everything is NHWC, and parameter names are BFL's (flux `modules/autoencoder.py`) with
 "down.0.block.1" written `down_0/block_1`. Encoder and decoder are each a sequence of steps that
 pass one feature map on. A step can run on the whole map, or on a tile of it: then its input brings
-the neighbouring cells that its convolutions reach (`inside` marks those that belong to the picture,
-the others stand for zero padding), and the group norms receive the statistics of the whole map as
-`moments`. `vae_tiling` walks the same steps in that way.
+the neighbouring cells that its convolutions reach (`inside` [height, width] is true for those in
+the picture; the others stand for zero padding), and the group norms receive the statistics of the
+whole map as `moments`. `vae_tiling` walks the same steps in that way.
 
 Group norms and the swish behind them are computed in float32 whatever the compute dtype.
 """
@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from kontext_jax.models.presets import VAEConfig
@@ -85,7 +86,7 @@ class GroupNorm(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolution with zero padding; `padded` says that the input already brings its border."""
+    """Convolution; pads the input with zeros unless that brings its border, told by `inside`."""
 
     features: int
     dtype: Dtype
@@ -94,20 +95,69 @@ class Conv(nn.Module):
     padding: tuple[int, int] = (1, 1)  # cells before and after, on both axes
 
     @nn.compact
-    def __call__(self, x: Array, padded: bool = False) -> Array:
-        size = self.kernel_size
-        kernel = self.param(
-            "kernel", nn.initializers.lecun_normal(), (size, size, x.shape[-1], self.features)
+    def __call__(self, x: Array, inside: Array | None = None) -> Array:
+        kernel, bias = _conv_params(self, self.kernel_size, x.shape[-1], self.features)
+        return _convolve(x, kernel, self.stride, self.padding, inside, self.dtype) + bias.astype(
+            self.dtype
         )
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            window_strides=(self.stride, self.stride),
-            padding=((0, 0) if padded else self.padding,) * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+
+
+class DoublingConv(nn.Module):
+    """3×3 convolution of the input with every cell repeated 2×2 times, which is never formed.
+
+    Wherever the kernel lies on the repeated map, it sees only 2×2 different cells of the input. So
+    each of the four places within a repeated cell has a 2×2 kernel of its own, of summed weights:
+    four ninths of the multiplications.
+    """
+
+    features: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Array, inside: Array | None = None) -> Array:
+        kernel, bias = _conv_params(self, 3, x.shape[-1], self.features)
+        # Index letters: y, x the kernel's rows and columns, t, u those of the small kernels, p, q
+        # the place within the repeated cell.
+        kernel = jnp.einsum(
+            "pty,qux,yxio->tuipqo",
+            TAPS,
+            TAPS,
+            kernel.astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
         )
-        return y + bias.astype(self.dtype)
+        kernel = kernel.reshape(2, 2, x.shape[-1], 4 * self.features)
+        y = _convolve(x, kernel, 1, (1, 1), inside, self.dtype)
+        batch, height, width, _ = y.shape
+        y = y.reshape(batch, height, width, 2, 2, self.features)
+        # A place's kernel covers the cell and its neighbour on that side: place 1 starts one later.
+        rows = [
+            jnp.stack([y[:, p : height - 1 + p, q : width - 1 + q, p, q] for q in (0, 1)], axis=3)
+            for p in (0, 1)
+        ]
+        y = jnp.stack(rows, axis=2)  # [B, h, 2, w, 2, C]
+        return y.reshape(batch, 2 * height - 2, 2 * width - 2, -1) + bias.astype(self.dtype)
+
+
+TAPS = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
+"""[place, tap, row]: which rows of a 3-tap kernel fall on which of two cells."""
+
+
+def _conv_params(module, kernel_size, in_channels, features) -> tuple[Array, Array]:
+    shape = (kernel_size, kernel_size, in_channels, features)
+    kernel = module.param("kernel", nn.initializers.lecun_normal(), shape)
+    return kernel, module.param("bias", nn.initializers.zeros, (features,))
+
+
+def _convolve(x, kernel, stride, padding, inside, dtype) -> Array:
+    if inside is not None:
+        x, padding = jnp.where(inside[..., None], x, 0), (0, 0)
+    return jax.lax.conv_general_dilated(
+        x.astype(dtype),
+        kernel.astype(dtype),
+        window_strides=(stride, stride),
+        padding=(padding, padding),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
 
 
 class ResnetBlock(nn.Module):
@@ -129,22 +179,17 @@ class ResnetBlock(nn.Module):
     def __call__(self, x: Array) -> Array:
         return self.second_half(self.first_half(x), x)
 
-    def first_half(self, x: Array, moments: Moments | None = None, inside: Array | None = None):
-        return self._norm_conv(self.norm1, self.conv1, x, moments, inside)
+    def first_half(
+        self, x: Array, moments: Moments | None = None, inside: Array | None = None
+    ) -> Array:
+        return self.conv1(self.norm1(x, moments), inside)
 
     def second_half(
         self, h: Array, x: Array, moments: Moments | None = None, inside: Array | None = None
     ) -> Array:
-        """`h` with a border when `inside` is given, `x` never."""
-        h = self._norm_conv(self.norm2, self.conv2, h, moments, inside)
-        return (x if self.in_channels == self.out_channels else self.nin_shortcut(x)) + h
-
-    def _norm_conv(self, norm, conv, x, moments, inside):
-        y = norm(x, moments)
-        if inside is None:
-            return conv(y)
-        # The padding is zero behind the norm, which maps zeros to something else.
-        return conv(jnp.where(inside[..., None], y, 0), padded=True)
+        """`h` comes with a border when `inside` is given, `x` never does."""
+        shortcut = x if self.in_channels == self.out_channels else self.nin_shortcut(x)
+        return shortcut + self.conv2(self.norm2(h, moments), inside)
 
 
 class AttentionBlock(nn.Module):
@@ -201,8 +246,8 @@ class Downsample(nn.Module):
     def setup(self):
         self.conv = Conv(self.channels, self.dtype, stride=2, padding=(0, 1))
 
-    def __call__(self, x: Array, padded: bool = False) -> Array:
-        return self.conv(x, padded)
+    def __call__(self, x: Array, inside: Array | None = None) -> Array:
+        return self.conv(x, inside)
 
 
 class Upsample(nn.Module):
@@ -212,15 +257,10 @@ class Upsample(nn.Module):
     dtype: Dtype
 
     def setup(self):
-        self.conv = Conv(self.channels, self.dtype)
+        self.conv = DoublingConv(self.channels, self.dtype)
 
-    def __call__(self, x: Array, padded: bool = False) -> Array:
-        b, h, w, c = x.shape
-        x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
-        x = x.reshape(b, 2 * h, 2 * w, c)
-        if padded:
-            x = x[:, 1:-1, 1:-1, :]  # of the border's two rows, the convolution reaches one
-        return self.conv(x, padded)
+    def __call__(self, x: Array, inside: Array | None = None) -> Array:
+        return self.conv(x, inside)
 
 
 class Level(nn.Module):
