@@ -34,7 +34,6 @@ FORMATS = (
     "GIF",
     "TIFF",
     "BMP",
-    "MPO",
     "PPM",
     "TGA",
     "ICO",

@@ -28,7 +28,7 @@ from kontext_jax.models.clip import CLIPText
 from kontext_jax.models.mmdit import Conditioning, MMDiT, make_velocity_fn, prepare_steps
 from kontext_jax.models.t5 import T5Encoder
 from kontext_jax.models.vae import VAE
-from kontext_jax.models.vae_tiling import decode_tiled, encode_tiled
+from kontext_jax.models.vae_tiling import decode_tiled, encode_tiled, vae_peak_bytes
 from kontext_jax.numerics import EXACT, Numerics
 from kontext_jax.requests import PreparedRequest, request_to_dict
 from kontext_jax.sampler import euler_sample, guided_velocity_fn, initial_noise
@@ -141,7 +141,7 @@ class Pipeline:
         for chunk, batch_places in self._batches(requests, place):
             try:
                 yield from self._edit_batch(chunk, batch_places, texts, on_step)
-            except (FloatingPointError, jax.errors.JaxRuntimeError) as error:
+            except Exception as error:  # whoever takes the results decides what to do with it
                 for index in sorted({item.request_index for item in chunk}):
                     yield Failure(index, error)
 
@@ -243,6 +243,7 @@ class Pipeline:
             "model": self.preset.name,
             "weights": self.bundle.identity,
             "dtype": self.dtype,
+            "tiling": self._tiling,
             "device": jax.devices()[0].device_kind,
             "versions": versions(),
         }
@@ -307,7 +308,7 @@ class Pipeline:
         """
         image = latents.pixels_to_model(pixels)[None]
         vae, params = self._vae(numerics.vae_encode_dtype), self._load("vae")
-        if tile_px := self.tile_px(image.shape[2], image.shape[1], "encode"):
+        if tile_px := self._tile_px(vae, *image.shape[1:3]):
             with self._precise(), self.timings.measure("encode"):
                 return self._finite(encode_tiled(vae, params, image, tile_px), "image latents")
         program = self._compile(("encode", vae), lambda: _method(vae, "encode"), params, image)
@@ -416,7 +417,7 @@ class Pipeline:
           FloatingPointError: the result is not finite.
         """
         vae, params = self._vae(numerics.vae_decode_dtype), self._load("vae")
-        if tile_px := self.tile_px(8 * x.shape[2], 8 * x.shape[1], "decode"):
+        if tile_px := self._tile_px(vae, *(side * vae.downsampling for side in x.shape[1:3])):
             with self._precise(), self.timings.measure("decode"):
                 image = decode_tiled(vae, params, x, tile_px)
         else:
@@ -427,9 +428,16 @@ class Pipeline:
 
     # Helpers
 
-    def tile_px(self, width_px: int, height_px: int, way: Literal["encode", "decode"]):
+    def _tile_px(self, vae: VAE, height_px: int, width_px: int) -> int | None:
         """Side of the autoencoder's tiles for a picture of this size; None for no tiles."""
-        return TILE_PX if self._tiling == "on" else None
+        if self._tiling != "auto":
+            return TILE_PX if self._tiling == "on" else None
+        stats = jax.devices()[0].memory_stats()
+        if not stats or "bytes_limit" not in stats:  # the CPU: tiles would lie in the same memory
+            return None
+        free = stats["bytes_limit"] - stats["bytes_in_use"]
+        needed = vae_peak_bytes(vae.config, height_px, width_px, vae.dtype)
+        return TILE_PX if needed > 0.9 * free else None
 
     def _load(self, kind: str) -> Params:
         """The weights of a network, read on first use."""

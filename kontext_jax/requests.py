@@ -117,6 +117,7 @@ _TYPES = {
     "text_mask": bool,
     "then": "strings",
 }
+FIELDS = tuple(_TYPES)
 _OPTIONAL = {"negative_prompt", "size", "megapixels", "num_steps", "guidance"}
 _FLAGS = {"num_steps": "--steps", "true_cfg_scale": "--true-cfg"}
 
@@ -151,10 +152,9 @@ def request_from_dict(values: Mapping[str, Any]) -> SampleRequest:
     Raises:
       ValueError: unknown keys (with the nearest valid one), no prompt, or a bad value.
     """
-    fields = tuple(_TYPES)
-    if unknown := sorted(set(values) - set(fields)):
-        named = ", ".join(f"{key!r}{did_you_mean(key, fields)}" for key in unknown)
-        raise ValueError(f"unknown key {named}; valid keys are {', '.join(fields)}")
+    if unknown := sorted(set(values) - set(FIELDS)):
+        named = ", ".join(f"{key!r}{did_you_mean(key, FIELDS)}" for key in unknown)
+        raise ValueError(f"unknown key {named}; valid keys are {', '.join(FIELDS)}")
     if "prompt" not in values:
         raise ValueError("there is no prompt; say what the picture should become")
     return SampleRequest(**values)

@@ -17,6 +17,7 @@ FLOORS = {
     2: ("models", "images", "sizes"),
     3: ("conditioning", "sampler", "checkpoint", "requests"),
     4: ("pipeline",),
+    5: ("runs",),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 

@@ -1,0 +1,272 @@
+"""Edits an image, or makes one from text: `python sample.py --image cat.png --prompt "…"`."""
+
+import argparse
+import difflib
+import os
+import sys
+from pathlib import Path
+
+DEMO_IMAGE = "example:cat"
+DEMO_PROMPT = "Give the cat a small red bow tie"
+OUTPUTS = Path("outputs")
+EPILOG = """examples:
+  python sample.py                              edits a photograph that ships with the package
+  python sample.py --weights FLUX.1-Kontext-dev --image cat.png --prompt "make the cat black"
+  python sample.py --weights W --image a.png --prompt "add a hat" --then "make the hat blue"
+  python sample.py --weights W --image me.png --image hat.png --prompt "the man wears the hat"
+  python sample.py --weights W --image phone.jpg --prompt "at night" --restore-size -o night.png
+  python sample.py --weights W --jobs jobs.jsonl -o results/
+  python sample.py --weights W --from-metadata night.png -o again.png
+
+A line of a jobs file is {"prompt": "…", "images": ["cat.png"], "seed": 7, "output": "x.png"}: the
+options below by their long names (num_steps for --steps, true_cfg_scale for --true-cfg), images
+relative to the jobs file.
+"""
+# Flag → field of SampleRequest, where they differ.
+FIELD_OF_FLAG = {"image": "images", "steps": "num_steps", "true_cfg": "true_cfg_scale"}
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong flag in one line, with the nearest right one."""
+
+    def error(self, message):
+        if message.startswith("unrecognized arguments:"):
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            word = message.split()[2].split("=")[0]
+            if near := difflib.get_close_matches(word, flags, n=1):
+                message += f" (did you mean {near[0]}?)"
+        self.exit(2, f"error: {message}; see --help\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="sample.py",
+        description="Edits images by FLUX.1 Kontext, or makes them from text.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # what was not given does not exist
+    )
+    what = parser.add_argument_group("what to make")
+    what.add_argument("--prompt", help="the edit, or the picture; nothing at all: a demonstration")
+    what.add_argument("--image", action="append", metavar="FILE", help="to edit; may be repeated")
+    what.add_argument(
+        "--then", action="append", metavar="PROMPT", help="a further edit of the result; repeatable"
+    )
+    what.add_argument("--num-images", type=int, metavar="N", help="with seeds SEED, SEED+1, …")
+    what.add_argument("--seed", type=int, help="default 0")
+    what.add_argument("--negative-prompt", metavar="PROMPT", help="goes with --true-cfg")
+
+    size = parser.add_argument_group("size (default: the preferred size nearest to the image's)")
+    size.add_argument("--size", metavar="WxH|W:H|match", help="exact, a ratio, or the image's own")
+    size.add_argument("--megapixels", type=float, metavar="X", help="area, keeping ratios")
+    size.add_argument(
+        "--restore-size",
+        action="store_true",
+        help="return the image's own size, any size, without stretching",
+    )
+    size.add_argument(
+        "--reference-size", metavar="auto|match", help="match: references keep their own sizes"
+    )
+
+    how = parser.add_argument_group("sampling")
+    how.add_argument("--steps", type=int, metavar="N")
+    how.add_argument("--guidance", type=float, metavar="G", help="for models that take it")
+    how.add_argument(
+        "--true-cfg", type=float, metavar="S", help="classifier-free guidance, two passes a step"
+    )
+    how.add_argument(
+        "--numerics", metavar="exact|bfl|diffusers", help="whose arithmetic to follow to the bit"
+    )
+    how.add_argument(
+        "--position-rule", metavar="index|bfl|width", help="where several references stand"
+    )
+    how.add_argument(
+        "--text-mask",
+        action="store_true",
+        help="hide padding from T5 (models were trained without)",
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--weights",
+        metavar="PATH",
+        help="converted directory, diffusers folder, BFL's file beside its parts, or hub id",
+    )
+    model.add_argument("--model", metavar="NAME", help="default: what the weights say, or tiny")
+    model.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: by device")
+    model.add_argument(
+        "--tile",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="autoencoder in tiles, for large pictures in little memory",
+    )
+
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE.png|DIR",
+        help=f"default {OUTPUTS}/edit-001.png, -002, …; with --jobs a folder",
+    )
+    run.add_argument("--jobs", metavar="FILE", help="one request a line, as JSON")
+    run.add_argument("--from-metadata", metavar="FILE.png", help="make this picture again")
+    run.add_argument("--show", choices=("timings",), action="append", help="print at the end")
+    run.add_argument("--no-cache", action="store_true", help="don't keep compiled programs on disk")
+    run.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    return parser
+
+
+def open_weights(weights: str | None, model: str | None):
+    """The bundle that --weights and --model mean."""
+    from kontext_jax import checkpoint
+    from kontext_jax.models.presets import PRESETS
+    from kontext_jax.requests import did_you_mean
+
+    if model is not None and model not in PRESETS:
+        raise ValueError(
+            f"there is no model {model!r}{did_you_mean(model, tuple(PRESETS))}; models are "
+            f"{', '.join(PRESETS)}"
+        )
+    if weights is None:
+        if model not in (None, "tiny"):
+            raise ValueError(
+                f"{model} needs its weights; give --weights PATH, or use --model tiny without any"
+            )
+        return checkpoint.untrained_bundle("tiny")
+    if not (Path(weights) / checkpoint.MANIFEST).is_file():
+        from convert_weights import open_foreign_bundle
+
+        return open_foreign_bundle(weights, preset=model)
+    bundle = checkpoint.open_bundle(weights)
+    if model not in (None, bundle.preset.name):
+        raise ValueError(f"{weights} holds {bundle.preset.name}, not {model}; leave out --model")
+    return bundle
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; the exit status: 0, 1 if computing failed, 2 for bad input."""
+    given = vars(make_parser().parse_args(argv))
+    try:
+        return run(given)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(given: dict) -> int:
+    """Runs what the flags ask for."""
+    # Imported when the flags are known to be good: JAX takes a second or two.
+    from kontext_jax import requests
+
+    flags = {FIELD_OF_FLAG.get(name, name): value for name, value in given.items()}
+    fields = {name: flags.pop(name) for name in requests.FIELDS if name in flags}
+    quiet, jobs, recipe_path = (flags.get(name) for name in ("quiet", "jobs", "from_metadata"))
+    if jobs and recipe_path:
+        raise ValueError("--jobs and --from-metadata cannot be used together")
+    if jobs and fields:
+        raise ValueError(f"with --jobs, {', '.join(sorted(fields))} belongs into the file's lines")
+
+    from kontext_jax import compiling, runs
+    from kontext_jax.pipeline import Pipeline
+
+    def tell(line: str) -> None:
+        if not quiet:
+            print(line, flush=True)
+
+    def tell_error(line: str) -> None:
+        print(f"error: {line}", file=sys.stderr, flush=True)
+
+    job_list = requests.read_jobs(jobs) if jobs else None
+    recipe = runs.read_recipe(Path(recipe_path)) if recipe_path else None
+    model = flags.get("model")
+    if recipe and not flags.get("weights"):
+        model = model or recipe.model
+    bundle = open_weights(flags.get("weights"), model)
+    if recipe and bundle.identity != recipe.weights:
+        raise ValueError(
+            f"{recipe_path} was made with {recipe.model} weights {recipe.weights[:12]}…, found "
+            f"{bundle.preset.name} {bundle.identity[:12]}…; give the same with --weights"
+        )
+    dtype, tiling = flags.get("dtype"), flags["tile"]
+    prepared = base = place = None
+    if recipe:
+        prepared, same = runs.prepare_again(recipe, bundle.preset, fields)
+        same = same and dtype in (None, recipe.dtype)
+        dtype, tiling = dtype or recipe.dtype, recipe.tiling
+        place = recipe.place if same else None
+    elif not jobs:
+        if "prompt" not in fields and "images" not in fields:
+            fields["prompt"] = DEMO_PROMPT
+            if bundle.preset.takes_references:
+                fields["images"] = [DEMO_IMAGE]
+        request = requests.request_from_dict(fields)
+        prepared = requests.prepare(request, bundle.preset)
+    if jobs:
+        output = Path(flags.get("output", OUTPUTS / Path(jobs).stem))
+        if output.exists() and not output.is_dir():
+            raise ValueError(f"output {output} is a file; with --jobs, -o names a folder")
+    else:
+        base = Path(flags["output"]) if "output" in flags else runs.free_output(OUTPUTS)
+        runs.check_outputs(base, prepared.request)
+
+    pipeline = Pipeline(
+        bundle,
+        dtype=dtype,
+        tiling=tiling,
+        keep_text_encoders=False,
+        tell=lambda line: tell(f"note: {line}"),
+    )
+    tell(f"model: {bundle.preset.name}, {bundle.source}")
+    if not flags.get("no_cache"):
+        kept = compiling.keep_compiled_programs(compiling.default_cache_dir())
+        tell(f"compiled programs are kept in {kept} (--no-cache: they are not)")
+    if recipe and place:
+        tell(f"making {recipe_path} again")
+        for difference in runs.differences_here(recipe):
+            tell(f"note: the last bits may differ: {difference}")
+    elif recipe:
+        tell(f"a new request after {recipe_path}, with changed options")
+
+    progress = sys.stderr.isatty() and not quiet
+    status = 0
+    if jobs:
+        failed = runs.run_jobs(
+            pipeline,
+            job_list,
+            Path(jobs).parent,
+            output,
+            tell=tell,
+            tell_error=tell_error,
+            progress=progress,
+        )
+        status = 1 if failed else 0
+    else:
+        for line in prepared.lines():
+            tell(line)
+        for note in runs.cautions(prepared.request, bundle.preset):
+            tell(f"note: {note}")
+        failures = runs.make_pictures(
+            pipeline,
+            [prepared],
+            [base],
+            tell=tell,
+            place=place,
+            last_turn_only=place is not None,
+            progress=progress,
+        )
+        for error in failures.values():
+            status = runs.exit_status(error)
+            tell_error(runs.one_line(error))
+    if "timings" in flags.get("show", ()):
+        print(pipeline.timings.table())
+    return status
+
+
+if __name__ == "__main__":
+    # Set before JAX is imported: the C++ runtime otherwise greets every run with log lines.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    sys.exit(main())
