@@ -185,10 +185,11 @@ def network_goldens(pipeline: FluxKontextPipeline) -> Tensors:
     steps: list[torch.Tensor] = []
     image = run_pipeline(
         pipeline,
-        g["edit.noise"],
-        width,
-        height,
+        g["edit.noise"].numpy(),
         on_step=steps.append,
+        width=width,
+        height=height,
+        max_area=width * height,
         prompt=EDIT["prompt"],
         image=picture,
         num_inference_steps=EDIT["num_steps"],

@@ -11,7 +11,7 @@ from shared_drivers import denoise_trajectory, pe_of, to_nchw, to_nhwc
 from convert_weights import open_foreign_bundle
 from kontext_jax import flow, images, latents
 from kontext_jax.models.mmdit import Conditioning, MMDiT
-from kontext_jax.numerics import DIFFUSERS
+from kontext_jax.numerics import DIFFUSERS, Numerics
 from kontext_jax.pipeline import Pipeline
 from kontext_jax.sizes import SizePlan, plan_sizes
 
@@ -63,6 +63,14 @@ class Edit:
         return np.stack([latents.model_to_pixels(x, DIFFUSERS.uint8_rule) for x in self.decoded])
 
 
+def encode_texts(pipeline: Pipeline, prompts: str | list[str]):
+    """Features of one prompt or several, [B, T, …] and [B, …]."""
+    encoded = [
+        pipeline.encode_text(p) for p in ([prompts] if isinstance(prompts, str) else prompts)
+    ]
+    return tuple(jnp.concatenate(features) for features in zip(*encoded, strict=True))
+
+
 def edit(
     pipeline: Pipeline,
     noise: np.ndarray,
@@ -70,6 +78,7 @@ def edit(
     picture: np.ndarray | None = None,
     features: tuple[np.ndarray, np.ndarray] | None = None,
     negative: tuple[np.ndarray, np.ndarray] | None = None,
+    numerics: Numerics = DIFFUSERS,
 ) -> Edit:
     """Makes the pictures of one call.
 
@@ -79,15 +88,16 @@ def edit(
       picture: reference, uint8 [height, width, 3].
       features: text features and pooled ones, [B, T, …] and [B, …]; None: of call["prompt"].
       negative: likewise, of the negative prompt.
+      numerics: of denoising.
     """
     batch = len(noise)
     sizes = plan_like_diffusers(None if picture is None else picture.shape[1::-1], call)
     expected_noise = tuple(side // latents.VAE_FACTOR for side in sizes.output[::-1])
     assert noise.shape[2:] == expected_noise, f"sizes: ours {sizes.output}, noise {noise.shape}"
     if features is None:
-        features = pipeline.encode_text(call["prompt"])
+        features = encode_texts(pipeline, call["prompt"])
     if negative is None and call.get("negative_prompt") is not None:
-        negative = pipeline.encode_text(call["negative_prompt"])
+        negative = encode_texts(pipeline, call["negative_prompt"])
     pixels = reference = None
     if picture is not None:
         fit = sizes.references[0]
@@ -99,7 +109,7 @@ def edit(
     txt, vec = map(jnp.asarray, features)
     negative = tuple(map(jnp.asarray, negative)) if guided else None
     final = pipeline.denoise(
-        jnp.asarray(to_nhwc(noise)),
+        to_nhwc(noise).astype(pipeline.dtype),
         txt,
         vec,
         num_steps=call["num_inference_steps"],
@@ -107,7 +117,7 @@ def edit(
         references=[] if reference is None else [reference],
         negative=negative,
         true_cfg_scale=np.full(batch, call["true_cfg_scale"], np.float32) if guided else None,
-        numerics=DIFFUSERS,
+        numerics=numerics,
     )
     decoded = np.concatenate(
         [pipeline.decode(final[i : i + 1], DIFFUSERS) for i in range(batch)]

@@ -4,6 +4,7 @@ Weights are drawn so that every parameter matters: kernels with variance 1/fan-i
 biases and embeddings of visible size. All are exact in bfloat16, whatever they are stored in.
 """
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from diffusers import (
     FluxKontextPipeline,
     FluxTransformer2DModel,
 )
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging
 from PIL import Image
 from transformers import (
     AutoTokenizer,
@@ -25,6 +28,9 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
 
 BLOCKS = 4  # resolutions of the autoencoder; Kontext's is 8 times smaller in latents
 
@@ -38,6 +44,7 @@ class PipelineSizes:
     depth: int = 1
     depth_single: int = 2
     guidance_embeds: bool = True
+    shifts_timesteps: bool = True  # like dev and Kontext; schnell's scheduler does not
     vae_channels: tuple[int, int, int, int] = (8, 8, 16, 16)
     vae_norm_groups: int = 4
     vae_layers: int = 1
@@ -45,7 +52,7 @@ class PipelineSizes:
     pooled_width: int = 32
     text_heads: int = 2
     text_layers: int = 2
-    stored_dtype: torch.dtype = torch.bfloat16
+    stored_dtype: str = "bfloat16"
 
 
 def randomize(module: torch.nn.Module, generator: torch.Generator) -> None:
@@ -128,10 +135,13 @@ def make_pipeline(
         randomize(module, generator)
         if module is vae:  # most pixels inside [-1, 1]
             module.decoder.conv_out.weight.data *= 0.5
-        module.to(sizes.stored_dtype).eval()
+        module.to(getattr(torch, sizes.stored_dtype)).eval()
     return FluxKontextPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
-            shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15
+            shift=3.0 if sizes.shifts_timesteps else 1.0,
+            use_dynamic_shifting=sizes.shifts_timesteps,
+            base_shift=0.5,
+            max_shift=1.15,
         ),
         vae=vae,
         text_encoder=clip,
@@ -153,20 +163,18 @@ def random_picture(seed: int, width_px: int, height_px: int) -> Image.Image:
 
 def run_pipeline(
     pipeline: FluxKontextPipeline,
-    noise: torch.Tensor,
-    width_px: int,
-    height_px: int,
+    noise: np.ndarray,
     on_step: Callable[[torch.Tensor], None] | None = None,
     **call,
 ) -> np.ndarray:
-    """The picture [B, height, width, 3] in [0, 1] made from latent noise [B, 16, h/8, w/8].
+    """The pictures [B, height, width, 3] in [0, 1] made from latent noise [B, 16, h/8, w/8].
 
     Args:
       on_step: called with the tokens after each step.
       call: further arguments of the pipeline.
     """
-    batch, channels, latent_height, latent_width = noise.shape
-    latents = pipeline._pack_latents(noise, batch, channels, latent_height, latent_width)
+    tensor = torch.from_numpy(noise)
+    latents = pipeline._pack_latents(tensor, *noise.shape)
 
     def callback(_pipeline, _step, _t, tensors):
         if on_step is not None:
@@ -177,11 +185,69 @@ def run_pipeline(
     with torch.no_grad():
         pictures = pipeline(
             latents=latents.to(pipeline.transformer.dtype),
-            width=width_px,
-            height=height_px,
-            max_area=width_px * height_px,
             output_type="pt",
             callback_on_step_end=callback,
             **call,
         ).images
     return pictures.float().permute(0, 2, 3, 1).numpy()
+
+
+def step_like_a_gpu(scheduler: FlowMatchEulerDiscreteScheduler) -> None:
+    """Makes the Euler update round in bfloat16 as it does on a GPU.
+
+    `dt * model_output` rounds the product there; torch's CPU kernel rounds a left factor first.
+    """
+
+    def step(model_output, timestep, sample, return_dict=True):
+        if scheduler.step_index is None:
+            scheduler._init_step_index(timestep)
+        dt = scheduler.sigmas[scheduler.step_index + 1] - scheduler.sigmas[scheduler.step_index]
+        scheduler._step_index += 1
+        return ((sample.float() + model_output * dt).to(model_output.dtype),)
+
+    scheduler.step = step
+
+
+class PictureWithoutPixels(Image.Image):
+    """All that is needed to decide on sizes."""
+
+    def __init__(self, size: tuple[int, int]):
+        super().__init__()
+        self._size = size
+
+
+class SizesFound(Exception):
+    """Thrown where diffusers has decided on all sizes, before it computes anything."""
+
+
+def sizes_of_diffusers(
+    pipeline: FluxKontextPipeline, picture_size: tuple[int, int], **call
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(width, height) of the target and of the reference, by diffusers' own `__call__`."""
+    found = []
+
+    class Watcher(VaeImageProcessor):
+        def resize(self, image, height, width):
+            found.append((width, height))
+            return image
+
+        def preprocess(self, image, height, width):
+            assert found == [(width, height)]
+            return image
+
+    def stop(image, batch_size, channels, height, width, *_):
+        raise SizesFound(width, height)
+
+    config = pipeline.transformer.config
+    stub = copy.copy(pipeline)
+    stub.image_processor, stub.prepare_latents = Watcher(vae_scale_factor=16), stop
+    try:
+        stub(
+            image=PictureWithoutPixels(picture_size),
+            prompt_embeds=torch.zeros(1, 1, config.joint_attention_dim),
+            pooled_prompt_embeds=torch.zeros(1, config.pooled_projection_dim),
+            **call,
+        )
+    except SizesFound as sizes:
+        return sizes.args, found[0]
+    raise AssertionError("the pipeline never prepared its latents")
