@@ -17,6 +17,7 @@ from convert_weights.layouts import (
     QUANTISED_SUFFIXES,
     TITLES,
     Config,
+    checked_config,
     infer_config,
     read_foreign_config,
     split_components,
@@ -261,7 +262,7 @@ class OwnComponent:
         """Opens `directory/kind`; raises `WeightMismatchError` if leaves are missing or wrong."""
         self.path, self.kind = directory / kind, kind
         self._scratch = ThreadScratch()
-        self.config = checkpoint.read_config(directory, kind)
+        self.config = checked_config(kind, checkpoint.read_config(directory, kind), str(self.path))
         self.reader = checkpoint.open_params(directory, kind)
         self.leaves = self.reader.tensors
         self.plan = make_plan(

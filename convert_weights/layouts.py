@@ -7,6 +7,7 @@ published value; where there is none, the error says which flag or file supplies
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,6 +31,8 @@ TITLES = {
     "t5": "T5 text encoder",
     "clip": "CLIP text encoder",
 }
+MAX_LAYERS, MAX_WIDTH = 1024, 2**24
+LAYER_FIELDS = ("depth", "depth_single_blocks", "num_layers", "num_hidden_layers", "num_res_blocks")
 CONFIG_KEY = "kontext_jax_config"  # in the metadata of files we write
 QUANTISED_SUFFIXES = (
     ".scale_weight",
@@ -155,9 +158,12 @@ def infer_config(
       axes_dim: rotary axes of a transformer whose head size is not the published one.
     """
     if CONFIG_KEY in metadata and foreign is None:
-        noted = json.loads(metadata[CONFIG_KEY])
-        if kind in noted:
-            return config_from_json(kind, noted[kind], where)
+        try:
+            noted = json.loads(metadata[CONFIG_KEY])[kind]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            noted = None  # a note for another component, or none of ours
+        if isinstance(noted, dict):
+            return config_from_json(kind, noted, where)
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in shapes:
@@ -169,22 +175,60 @@ def infer_config(
     infer = {"mmdit": _infer_mmdit, "vae": _infer_vae, "t5": _infer_t5, "clip": _infer_clip}[kind]
     try:
         if kind == "mmdit":
-            return infer(naming, shapes, shape, foreign, where, axes_dim)
-        return infer(naming, shapes, shape, foreign, where)
-    except (KeyError, TypeError, IndexError, ZeroDivisionError) as error:
+            config = infer(naming, shapes, shape, foreign, where, axes_dim)
+        else:
+            config = infer(naming, shapes, shape, foreign, where)
+        return checked_config(kind, config, where)
+    except WeightMismatchError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, ArithmeticError) as error:
         raise WeightMismatchError(
             f"{where}: its tensors or config.json do not describe a {TITLES[kind]}: {error!r}"
         ) from None
 
 
 def config_from_json(kind: str, values: Mapping[str, Any], where: str) -> Config:
-    """The dataclass from `config_to_json`'s values; raises `WeightMismatchError` if it cannot be."""
+    """The dataclass from `config_to_json`'s values.
+
+    Raises:
+      WeightMismatchError: they are not those of one.
+    """
     try:
-        return CONFIG_CLASSES[kind](
+        config = CONFIG_CLASSES[kind](
             **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise WeightMismatchError(f"{where}: not a config of a {TITLES[kind]}: {error}") from None
+    return checked_config(kind, config, where)
+
+
+def checked_config(kind: str, config: Config, where: str) -> Config:
+    """`config` itself, if its fields have the types and magnitudes that a network can have.
+
+    Raises:
+      WeightMismatchError: they do not; a plan of a billion layers is never begun.
+    """
+    wrong = []
+    for field in dataclasses.fields(config):
+        value, default = getattr(config, field.name), field.default
+        items = value if isinstance(default, tuple) else (value,)
+        kind_of = type(default[0]) if isinstance(default, tuple) else type(default)
+        limit = MAX_LAYERS if field.name in LAYER_FIELDS else MAX_WIDTH
+        if not isinstance(items, tuple) or len(items) > 16 or not items:
+            wrong.append(f"{field.name} {value!r}")
+        elif kind_of is int:
+            if not all(type(item) is int and 0 <= item <= limit for item in items):
+                wrong.append(f"{field.name} {value!r}")
+        elif kind_of is float:
+            if not all(type(item) in (int, float) and math.isfinite(item) for item in items):
+                wrong.append(f"{field.name} {value!r}")
+        elif not all(type(item) is kind_of for item in items):
+            wrong.append(f"{field.name} {value!r}")
+    if wrong:
+        raise WeightMismatchError(
+            f"{where}: no {TITLES[kind]} has {', '.join(wrong)}; its config is damaged"
+        )
+    return config
 
 
 def _count(shapes: Shapes, pattern: str) -> int:

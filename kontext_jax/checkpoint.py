@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -280,3 +281,72 @@ def save_component(directory: str | Path, kind: str, config: Config, params: Par
 
     Path(directory).mkdir(parents=True, exist_ok=True)
     write_folder(Path(directory) / kind, fill)
+
+
+def untrained_bundle(preset_name: str) -> ModelBundle:
+    """The preset with deterministic random weights: every part works, the pictures mean nothing.
+
+    Parameters have the shapes of the models' own initialisation but are drawn by NumPy from their
+    paths, so that nothing has to be compiled: variance 1 / fan-in where a bias tells the fan-out,
+    1 / √(fan-in · fan-out) for kernels without one; norms are the identity, biases zero.
+
+    Raises:
+      ValueError: there is no such preset.
+    """
+    if preset_name not in PRESETS:
+        raise ValueError(f"no preset {preset_name!r}; there are {', '.join(PRESETS)}")
+    preset = PRESETS[preset_name]
+    components = {kind: _untrained_component(kind, getattr(preset, kind)) for kind in KINDS}
+    digest = hashlib.sha256(f"untrained {dataclasses.asdict(preset)}".encode()).hexdigest()
+    tokenizer_dirs = {name: ASSETS / "tokenizers" / name for name in TOKENIZERS}
+    source = f"{preset_name}, untrained: deterministic random weights, so pictures mean nothing"
+    return ModelBundle(preset, components, tokenizer_dirs, source, digest)
+
+
+def _untrained_component(kind: str, config: Config) -> Component:
+    def load(dtype=None, device=None) -> Params:
+        shapes = dict(sorted(flatten(parameter_shapes(kind, config))))
+        target = as_dtype(dtype) or np.dtype(np.float32)
+        return place_leaves(
+            shapes, lambda path: _untrained_leaf(kind, path, shapes).astype(target), device
+        )
+
+    return Component(config, load)
+
+
+def parameter_shapes(kind: str, config: Config) -> Params:
+    """`jax.ShapeDtypeStruct`s of a component's parameters, by abstract evaluation of its init."""
+    import jax
+    import jax.numpy as jnp
+
+    from kontext_jax.models import clip, mmdit, t5, vae
+
+    tokens = jnp.zeros((1, 8), jnp.int32)
+
+    def init(key: jax.Array) -> Params:
+        if kind == "mmdit":
+            return mmdit.init_params(mmdit.MMDiT(config), key)
+        if kind == "vae":
+            side = 2 ** len(config.ch_mult)
+            return vae.VAE(config).init(key, jnp.zeros((1, side, side, 3)))["params"]
+        model = t5.T5Encoder(config) if kind == "t5" else clip.CLIPText(config)
+        return model.init(key, tokens)["params"]
+
+    return jax.eval_shape(init, jax.random.key(0))
+
+
+def _untrained_leaf(kind: str, path: str, shapes: Mapping[str, Any]) -> np.ndarray:
+    shape = shapes[path].shape
+    parent, _, name = path.rpartition("/")
+    if name == "scale":
+        return np.ones(shape, np.float32)
+    if name == "bias":
+        return np.zeros(shape, np.float32)
+    bias = shapes.get(f"{parent}/bias")
+    if bias is not None:
+        variance = math.prod(bias.shape) / math.prod(shape)
+    else:
+        variance = 1 / math.sqrt(math.prod(shape[1:] if len(shape) > 2 else shape))
+    seed = int.from_bytes(hashlib.sha256(f"{kind}/{path}".encode()).digest()[:8])
+    values = np.random.Generator(np.random.PCG64(seed)).standard_normal(shape, np.float32)
+    return values * np.float32(math.sqrt(variance))
