@@ -80,8 +80,8 @@ def pytest_terminal_summary(terminalreporter, config):
             write(f"{case:<52} {share:7.3f}  {output}")
     if measured.pictures:
         terminalreporter.section("pictures: difference to the reference in 1/255")
-        write(f"{'':<44} {'values':>8} {'max':>10} {'mean':>10} {'bytes off':>10} {'by':>6}")
+        write(f"{'':<56} {'values':>8} {'max':>10} {'mean':>10} {'bytes off':>10} {'by':>6}")
         for name, figures in sorted(measured.pictures):
-            write(f"{name:<44} {figures}")
+            write(f"{name:<56} {figures}")
     for note in measured.notes:
         write(note)
