@@ -12,7 +12,6 @@ included. They say nothing of speed, nor of what the runtime itself keeps.
 
 import argparse
 import dataclasses
-import functools
 import json
 import os
 import platform
@@ -37,6 +36,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from kontext_jax import latents
+from kontext_jax.checkpoint import parameter_shapes
 from kontext_jax.flow import timestep_mu, timestep_schedule
 from kontext_jax.models.clip import CLIPText
 from kontext_jax.models.mmdit import Conditioning, MMDiT, make_velocity_fn, prepare_steps
@@ -87,10 +87,10 @@ class Program:
     inputs: tuple
 
 
-def shapes(function: Callable, dtype: Any) -> Any:
-    """Shapes of what `function` returns, floating-point leaves in `dtype`."""
+def abstract_params(kind: str, config: Any, dtype: Any) -> Any:
+    """Shapes of a network's parameters, stored in `dtype`."""
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), jax.eval_shape(function)
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), parameter_shapes(kind, config)
     )
 
 
@@ -121,15 +121,7 @@ def sampler_program(preset: Preset, size, num_references: int, num_steps: int) -
         steps = prepare_steps(model, params, cond, timesteps)
         return euler_sample(make_velocity_fn(model, params, cond), noise, timesteps, steps)
 
-    def init():
-        img = jnp.zeros((1, 1, config.in_channels))
-        txt, vec = jnp.zeros((1, 1, config.context_in_dim)), jnp.zeros((1, config.vec_in_dim))
-        t = jnp.zeros((1,))
-        guidance = t if config.guidance_embed else None
-        key = jax.random.key(0)
-        return model.init(key, img, txt, vec, t, guidance, pe[..., :2, :])["params"]
-
-    return Program(run, shapes(init, dtype), (cond, noise))
+    return Program(run, abstract_params("mmdit", config, dtype), (cond, noise))
 
 
 def text_program(preset: Preset) -> Program:
@@ -143,11 +135,8 @@ def text_program(preset: Preset) -> Program:
         txt = t5.apply({"params": params["t5"]}, t5_ids)
         return txt, clip.apply({"params": params["clip"]}, clip_ids)[1]
 
-    def init():
-        ids, key = jnp.zeros((1, 8), jnp.int32), jax.random.key(0)
-        return {"t5": t5.init(key, ids)["params"], "clip": clip.init(key, ids)["params"]}
-
-    return Program(run, shapes(init, dtype), (t5_ids, clip_ids))
+    params = {kind: abstract_params(kind, getattr(preset, kind), dtype) for kind in ("t5", "clip")}
+    return Program(run, params, (t5_ids, clip_ids))
 
 
 def vae_program(preset: Preset, size, method: str) -> Program:
@@ -159,12 +148,11 @@ def vae_program(preset: Preset, size, method: str) -> Program:
         factor = latents.VAE_FACTOR
         given = (1, height // factor, width // factor, preset.vae.z_channels)
 
-    def init():
-        return vae.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    def run(params, x):
+        return vae.apply({"params": params}, x, method=method)
 
-    run = functools.partial(lambda params, x: vae.apply({"params": params}, x, method=method))
     inputs = (jax.ShapeDtypeStruct(given, jnp.float32),)
-    return Program(run, shapes(init, jnp.float32), inputs)
+    return Program(run, abstract_params("vae", preset.vae, jnp.float32), inputs)
 
 
 def compile_for(target: Target, program: Program) -> dict[str, Any]:
