@@ -71,8 +71,9 @@ def euler_sample(
       step_inputs: pytree whose leaves lead with N; velocity_fn gets entry i at step i.
       stop: None for N.
       euler_dtype: "float32" keeps the state in float32 throughout (exact). "compute" rounds product
-        and sum to x's dtype (BFL). "float32_then_compute" rounds the product, adds in float32 and
-        rounds again (diffusers, where a bfloat16 tensor times a float32 scalar is bfloat16).
+        and sum to x's dtype (BFL, whose step t_{i+1} − t_i is a Python number).
+        "float32_then_compute" does the same with the step itself rounded first (diffusers: it adds
+        in float32, but its step is a tensor, which PyTorch multiplies in the velocity's dtype).
 
     Returns:
       The state at timesteps[stop]: float32 if euler_dtype is "float32", otherwise in x's dtype.
@@ -86,6 +87,7 @@ def euler_sample(
         )
     timesteps = jnp.asarray(timesteps, jnp.float32)
     num_steps = timesteps.shape[0] - 1
+    step_inputs = jax.tree.map(jnp.asarray, step_inputs)
     lengths = {leaf.shape[0] for leaf in jax.tree.leaves(step_inputs)}
     if lengths - {num_steps}:
         raise ValueError(
@@ -96,15 +98,19 @@ def euler_sample(
         x = x.astype(jnp.float32)
     dtype = x.dtype
 
+    def rounded(value):
+        # A plain cast down and up may be removed by the compiler as excess precision.
+        info = jnp.finfo(dtype)
+        return lax.reduce_precision(value, info.nexp, info.nmant)
+
     def step(i, x):
         step_input = jax.tree.map(lambda leaf: leaf[i], step_inputs)
         velocity = velocity_fn(x, jnp.full(x.shape[:1], timesteps[i]), step_input)
-        update = (timesteps[i + 1] - timesteps[i]) * velocity.astype(jnp.float32)
-        if euler_dtype != "float32":
-            # A plain cast down and up may be removed by the compiler as excess precision.
-            info = jnp.finfo(dtype)
-            update = lax.reduce_precision(update, info.nexp, info.nmant)
-        return (x.astype(jnp.float32) + update).astype(dtype)
+        interval = timesteps[i + 1] - timesteps[i]
+        if euler_dtype == "float32_then_compute":
+            interval = rounded(interval)
+        update = interval * rounded(velocity.astype(jnp.float32))
+        return (x.astype(jnp.float32) + rounded(update)).astype(dtype)
 
     return lax.fori_loop(start, num_steps if stop is None else stop, step, x)
 

@@ -1,0 +1,177 @@
+"""Attention: every backend gives the same answer, and says what it cannot do."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kontext_jax.ops import attention as attention_module
+from kontext_jax.ops.attention import attention, splash_blocks
+
+
+@pytest.fixture(autouse=True)
+def _full_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def random_qkv(batch=2, heads=2, num_tokens=50, head_dim=16, dtype=jnp.float32, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return [jax.random.normal(k, (batch, heads, num_tokens, head_dim), dtype) for k in keys]
+
+
+def plain(q, k, v, scale):
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    scores = np.einsum("bhqd,bhkd->bhqk", q, k) * scale
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bhqk,bhkd->bhqd", weights / weights.sum(-1, keepdims=True), v)
+
+
+# 1 token, one block, several blocks of equal size, and several that need padding.
+@pytest.mark.parametrize("num_tokens", [1, 50, 384, 768, 770])
+@pytest.mark.parametrize("backend", ["reference", "chunked", "auto"])
+def test_backends_compute_softmax_attention(backend, num_tokens):
+    q, k, v = random_qkv(num_tokens=num_tokens)
+    out = jax.jit(lambda *a: attention(*a, backend=backend))(q, k, v)
+    np.testing.assert_allclose(out, plain(q, k, v, 0.25), atol=2e-6)
+
+
+@pytest.mark.parametrize("num_tokens", [128, 200])  # without and with padding
+def test_splash_interpreted_computes_softmax_attention(num_tokens):
+    q, k, v = random_qkv(heads=1, num_tokens=num_tokens, head_dim=128)
+    out = attention(q, k, v, backend="splash")
+    np.testing.assert_allclose(out, plain(q, k, v, 128**-0.5), atol=5e-6)
+
+
+@pytest.mark.parametrize(("backend", "head_dim"), [("chunked", 16), ("splash", 128)])
+def test_gradients_equal_those_of_the_reference(backend, head_dim):
+    qkv = random_qkv(batch=1, heads=1, num_tokens=390, head_dim=head_dim)
+    if backend == "splash":
+        qkv = [x[:, :, :150] for x in qkv]
+    weights = jax.random.normal(jax.random.key(9), qkv[0].shape)
+
+    def gradients(backend):
+        loss = lambda *a: jnp.sum(weights * attention(*a, backend=backend))  # noqa: E731
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*qkv)
+
+    for got, want in zip(gradients(backend), gradients("reference"), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_chunked_holds_no_square_of_the_sequence():
+    shape = jax.ShapeDtypeStruct((1, 4, 8192, 64), jnp.float32)
+
+    def forward(*a, backend="chunked"):
+        return attention(*a, backend=backend)
+
+    def program(function):
+        return jax.jit(function).lower(shape, shape, shape).compile().as_text()
+
+    backward = jax.grad(lambda *a: forward(*a).sum(), argnums=(0, 1, 2))
+    assert "8192,8192" not in program(forward)
+    assert "8192,8192" not in program(backward)
+    assert "8192,8192" in program(functools.partial(forward, backend="reference"))
+
+
+def test_output_keeps_the_dtype_with_a_float32_softmax():
+    q, k, v = random_qkv(dtype=jnp.bfloat16)
+    exact = plain(q, k, v, 0.25)
+    for backend in ("reference", "chunked"):
+        out = attention(q, k, v, backend=backend)
+        assert out.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(out, np.float32), exact, atol=0.02)
+
+
+def test_large_scores_do_not_overflow():
+    q, k, v = random_qkv()
+    for backend in ("reference", "chunked"):
+        out = attention(1e4 * q, k, v, backend=backend)
+        assert np.isfinite(out).all()
+
+
+def test_mask_equals_leaving_the_masked_keys_out():
+    q, k, v = random_qkv()
+    mask = jnp.arange(50) < 30
+    masked = attention(q, k, v, mask=mask[None, None, None])
+    np.testing.assert_allclose(masked, attention(q, k[:, :, :30], v[:, :, :30]), atol=2e-6)
+
+
+def test_bias_is_added_to_the_scaled_scores():
+    q, k, v = random_qkv()
+    bias = jnp.where(jnp.arange(50) < 30, 0.0, -1e9)[None, None, None]
+    biased = attention(q, k, v, bias=bias, scale=1.0)
+    without = attention(q, k[:, :, :30], v[:, :, :30], scale=1.0)
+    np.testing.assert_allclose(biased, without, atol=1e-5)  # scores reach 20 at this scale
+
+
+@pytest.mark.parametrize("backend", ["chunked", "cudnn", "splash"])
+@pytest.mark.parametrize("given", ["bias", "mask"])
+def test_backends_without_bias_and_mask_say_so(backend, given):
+    q, k, v = random_qkv(dtype=jnp.bfloat16)
+    extra = jnp.ones((1, 1, 50, 50), bool if given == "mask" else jnp.float32)
+    with pytest.raises(NotImplementedError, match=f"{backend} attention takes no {given}"):
+        attention(q, k, v, backend=backend, **{given: extra})
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "message"),
+    [
+        (16, jnp.float32, "found float32"),
+        (12, jnp.bfloat16, "found 12"),
+        (256, jnp.float16, "found 256"),
+    ],
+)
+def test_cudnn_says_what_it_cannot_take(head_dim, dtype, message):
+    with pytest.raises(NotImplementedError, match=message):
+        attention(*random_qkv(head_dim=head_dim, dtype=dtype), backend="cudnn")
+
+
+def test_splash_refuses_unequal_lengths():
+    q, k, v = random_qkv(head_dim=128)
+    with pytest.raises(NotImplementedError, match="found 40 and 50"):
+        attention(q[:, :, :40], k, v, backend="splash")
+
+
+def test_wrong_arguments_are_refused():
+    q, k, v = random_qkv()
+    with pytest.raises(ValueError, match="unknown attention backend 'flash'"):
+        attention(q, k, v, backend="flash")
+    with pytest.raises(ValueError, match=r"takes \[B, H, S, Dh\] arrays"):
+        attention(q[0], k[0], v[0])
+    with pytest.raises(ValueError, match=r"takes \[B, H, S, Dh\] arrays"):
+        attention(q, k[:, :1], v[:, :1])
+
+
+def test_auto_follows_the_platform_of_the_program_not_of_the_trace():
+    q = jax.ShapeDtypeStruct((1, 2, 256, 128), jnp.bfloat16)
+    exported = {
+        platform: jax.export.export(jax.jit(attention), platforms=[platform])(q, q, q)
+        for platform in ("tpu", "cpu")
+    }
+    assert "tpu_custom_call" in exported["tpu"].mlir_module()
+    assert "custom_call" not in exported["cpu"].mlir_module()
+
+
+def test_auto_on_tpu_falls_to_chunked_for_heads_the_kernel_does_not_take():
+    q = jax.ShapeDtypeStruct((1, 2, 256, 32), jnp.bfloat16)
+    exported = jax.export.export(jax.jit(attention), platforms=["tpu"])(q, q, q)
+    assert "tpu_custom_call" not in exported.mlir_module()
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "blocks"),
+    [
+        (8704, (8704, 512, 2176)),  # 512 text, 4096 target, 4096 reference
+        (4608, (4608, 512, 1536)),  # 512 text, 4096 target
+        (8744, (9216, 512, 1536)),  # 512 text, twice 4116
+        (40, (128, 128, 128)),
+        (513, (1024, 512, 1024)),
+    ],
+)
+def test_splash_blocks_divide_the_padded_sequence(num_tokens, blocks):
+    assert splash_blocks(num_tokens) == blocks
+    padded, block_q, block_kv = blocks
+    assert padded % block_q == padded % block_kv == 0
+    assert block_kv % attention_module.SPLASH_LANES == 0
