@@ -78,8 +78,9 @@ def vae_peak_bytes(
 ) -> int:
     """Device memory beside the parameters at the peak of decoding one picture; encoding takes less.
 
-    The largest set of feature maps that live together, as XLA's memory analysis shows it for CPU in
-    float32 (in bfloat16 it computes convolutions in float32 there, and takes as much).
+    The largest set of feature maps that live together, as XLA's memory analysis shows it when it
+    compiles for an H100 (without cuDNN's workspace) and, in float32, for CPU. On CPUs bfloat16
+    takes as much as float32, in which XLA convolves there.
 
     Args:
         dtype: The compute dtype.
@@ -205,6 +206,7 @@ def _over_tiles(
         The resulting maps, and their statistics if `groups` is given.
     """
     module, variables = step
+    variables = jax.device_put(variables)  # once, not for every tile
     factor = maps[0].shape[1] // grid.latent_height
     out_factor = int(factor * resampling)
     out_height, out_width = (n * out_factor for n in (grid.latent_height, grid.latent_width))
