@@ -17,7 +17,7 @@ import pytest
 from shared_cases import Call
 
 from convert_weights import read_component
-from kontext_jax import flow, latents
+from kontext_jax import flow, images, latents
 from kontext_jax.models.clip import CLIPText
 from kontext_jax.models.mmdit import (
     Conditioning,
@@ -280,8 +280,21 @@ def kontext_denoise(call: Call) -> dict:
     }
 
 
+def check_reference_picture(call: Call, cond_image) -> None:
+    """The reference is read, sized and resized as the case says, pixel for pixel."""
+    picture = images.load_picture(call.folder / "input.png")
+    assert [picture.width_px, picture.height_px] == call.config["image_size"]
+    size = latents.preferred_size(
+        picture.width_px, picture.height_px, call.config["preferred_resolutions_used"]
+    )
+    assert list(size) == call.config["context_size"]
+    resized = latents.pixels_to_model(images.resize(picture.pixels, *size))
+    np.testing.assert_array_equal(to_nchw(resized[None]), cond_image)
+
+
 def kontext_generate(call: Call) -> dict:
     x = call.inputs()
+    check_reference_picture(call, x["cond_image"])
     config = known_fields(MMDiTConfig, call.spec["params"])
     model, params = load_mmdit(call.weights_path(), config)
     vae, vae_params = load_vae(

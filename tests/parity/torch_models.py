@@ -192,22 +192,6 @@ def run_pipeline(
     return pictures.float().permute(0, 2, 3, 1).numpy()
 
 
-def step_like_a_gpu(scheduler: FlowMatchEulerDiscreteScheduler) -> None:
-    """Makes the Euler update round in bfloat16 as it does on a GPU.
-
-    `dt * model_output` rounds the product there; torch's CPU kernel rounds a left factor first.
-    """
-
-    def step(model_output, timestep, sample, return_dict=True):
-        if scheduler.step_index is None:
-            scheduler._init_step_index(timestep)
-        dt = scheduler.sigmas[scheduler.step_index + 1] - scheduler.sigmas[scheduler.step_index]
-        scheduler._step_index += 1
-        return ((sample.float() + model_output * dt).to(model_output.dtype),)
-
-    scheduler.step = step
-
-
 class PictureWithoutPixels(Image.Image):
     """All that is needed to decide on sizes."""
 
