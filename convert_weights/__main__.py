@@ -135,7 +135,10 @@ def _progress(console: Console, title: str):
         rich.progress.TransferSpeedColumn(),
         rich.progress.TimeRemainingColumn(),
     )
-    with rich.progress.Progress(*columns, console=console, transient=True) as progress:
+    hidden = not console.is_terminal
+    with rich.progress.Progress(
+        *columns, console=console, transient=True, disable=hidden
+    ) as progress:
 
         def start(total: int) -> Callable[[int], None]:
             task = progress.add_task(title, total=total)

@@ -33,6 +33,7 @@ TITLES = {
 }
 MAX_LAYERS, MAX_WIDTH = 1024, 2**24
 LAYER_FIELDS = ("depth", "depth_single_blocks", "num_layers", "num_hidden_layers", "num_res_blocks")
+MAY_BE_ZERO = ("eos_token_id",)
 CONFIG_KEY = "kontext_jax_config"  # in the metadata of files we write
 QUANTISED_SUFFIXES = (
     ".scale_weight",
@@ -197,7 +198,7 @@ def config_from_json(kind: str, values: Mapping[str, Any], where: str) -> Config
         config = CONFIG_CLASSES[kind](
             **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         )
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise WeightMismatchError(f"{where}: not a config of a {TITLES[kind]}: {error}") from None
     return checked_config(kind, config, where)
 
@@ -217,13 +218,16 @@ def checked_config(kind: str, config: Config, where: str) -> Config:
         if not isinstance(items, tuple) or len(items) > 16 or not items:
             wrong.append(f"{field.name} {value!r}")
         elif kind_of is int:
-            if not all(type(item) is int and 0 <= item <= limit for item in items):
+            least = 0 if field.name in MAY_BE_ZERO else 1
+            if not all(type(item) is int and least <= item <= limit for item in items):
                 wrong.append(f"{field.name} {value!r}")
         elif kind_of is float:
             if not all(type(item) in (int, float) and math.isfinite(item) for item in items):
                 wrong.append(f"{field.name} {value!r}")
         elif not all(type(item) is kind_of for item in items):
             wrong.append(f"{field.name} {value!r}")
+    if not wrong and kind == "clip" and config.hidden_size % config.num_attention_heads:
+        wrong.append(f"{config.num_attention_heads} heads in a width of {config.hidden_size}")
     if wrong:
         raise WeightMismatchError(
             f"{where}: no {TITLES[kind]} has {', '.join(wrong)}; its config is damaged"

@@ -212,6 +212,7 @@ def make_plan(rows: Iterable[Row], dims: Mapping[str, int], naming: str) -> Plan
     leaves: dict[str, tuple[int, ...]] = {}
     sources: dict[str, tuple[int, ...]] = {}
     covered: dict[str, list[tuple[int, int]]] = {}
+    region_axis: dict[str, int] = {}
     moves = []
     for row in rows:
         sizes = {**dims, **row.sizes}
@@ -242,8 +243,9 @@ def make_plan(rows: Iterable[Row], dims: Mapping[str, int], naming: str) -> Plan
             source = pattern if layer is None else pattern.format(layer)
             if sources.setdefault(source, shape) != shape:
                 raise ValueError(f"{row.path}: {source} is {sources[source]} in another row")
-            bounds = (0, shape[0]) if region is None else (region.start, region.stop)
+            bounds = (0, shape[axis]) if region is None else (region.start, region.stop)
             covered.setdefault(source, []).append(bounds)
+            region_axis[source] = axis
             moves.append(
                 Move(
                     path=row.path,
@@ -260,7 +262,8 @@ def make_plan(rows: Iterable[Row], dims: Mapping[str, int], naming: str) -> Plan
             )
     for source, intervals in covered.items():
         ends = [0] + [stop for _, stop in sorted(intervals)]
-        if [start for start, _ in sorted(intervals)] != ends[:-1]:
+        length = sources[source][region_axis[source]]
+        if [start for start, _ in sorted(intervals)] + [length] != ends:
             raise ValueError(f"the rows of {source} overlap or leave a hole: {sorted(intervals)}")
     return Plan(leaves, sources, tuple(moves))
 

@@ -135,7 +135,15 @@ def read_config(directory: str | Path, kind: str) -> Config:
             raise ValueError(f"it describes a {stored['kind']}")
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["config"].items()}
         return CONFIG_CLASSES[kind](**values)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        ArithmeticError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise TensorFileError(f"{path}: not the config of a {kind}: {error}") from None
 
 
@@ -177,7 +185,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         version = manifest["format"]
         kinds = manifest["components"]
         manifest["preset"], manifest["source"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TensorFileError(f"{path}: damaged: {error!r}") from None
     if version != FORMAT:
         raise TensorFileError(f"{path}: format {version}; this version reads format {FORMAT}")
