@@ -2,12 +2,13 @@
 
     PYTHONPATH=. python benchmarks/convert_speed.py --folder /some/disk --rounds 5
 
-Makes a BFL file of random bfloat16 weights (width 3072, 2 double and 8 single blocks: 3.75 GB), then
-alternates `cp` and `to-jax` of it on the same disk. The source is in the page cache before each
-measurement (it is read through first); both sides end with the copy durable (`cp` then fsync of the
-copy; the converter does its own), and the wall time of a whole process is taken, imports included.
-Fails if the converter's median takes more than twice cp's, or its peak resident memory exceeds
-1.5 × the largest stacked parameter + 1 GiB. Needs 2.2 × the file's size free; removes what it made.
+Makes a BFL file of random bfloat16 weights (width 3072, 2 double and 8 single blocks: 3.75 GB),
+then alternates `cp` and `to-jax` of it on the same disk. The source is in the page cache before
+each measurement (it is read through first); both sides end with the copy durable (`cp` then fsync
+of the copy; the converter does its own), and the wall time of a whole process is taken, imports
+included. Fails if the converter's median takes more than twice cp's, or its peak resident memory
+exceeds 1.5 × the largest stacked parameter + 1 GiB. Needs 2.2 × the file's size free; removes what
+it made.
 """
 
 import argparse
@@ -63,7 +64,8 @@ def main() -> int:
         leaves = open_any(str(source))["mmdit"].leaves
         largest = max(info.nbytes for info in leaves.values())
         limit = 1.5 * largest + GIB
-        print(f"{source.stat().st_size / 1e9:.2f} GB, largest stacked parameter {largest / GIB:.2f} GiB")
+        size = source.stat().st_size
+        print(f"{size / 1e9:.2f} GB, largest stacked parameter {largest / GIB:.2f} GiB", flush=True)
         copies, conversions, peaks, cpu = [], [], [], []
         for index in range(args.rounds):
             copy, out = work / "copy.safetensors", work / "converted"
@@ -88,7 +90,7 @@ def main() -> int:
         ratio = statistics.median(conversions) / statistics.median(copies)
         print(
             f"median: cp+fsync {statistics.median(copies):.2f} s, to-jax "
-            f"{statistics.median(conversions):.2f} s: {1 / ratio:.2f} of cp's speed (at least 0.5); "
+            f"{statistics.median(conversions):.2f} s: {1 / ratio:.2f} of its speed (at least 0.5); "
             f"best of each {min(copies):.2f} s and {min(conversions):.2f} s; "
             f"peak {max(peaks) / GIB:.2f} GiB (at most {limit / GIB:.2f} GiB)"
         )

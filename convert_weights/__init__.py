@@ -6,12 +6,12 @@ From Python:
 
     config, params = read_component(path, "mmdit")            # one network, as NumPy arrays
     config, params = read_component(path, "mmdit", MMDiTConfig(...), dtype="float32")
-    bundle = open_foreign_bundle("FLUX.1-Kontext-dev/")       # a whole model, translated as it is read
+    bundle = open_foreign_bundle("FLUX.1-Kontext-dev/")       # a whole model, translated on the way
 
 `read_component(path, kind, config)` takes a safetensors file, a sharded folder with its index, or a
 folder of diffusers or transformers; `kind` is "mmdit", "vae", "t5" or "clip" (None: the only one
-there is); `config` is the dataclass of `kontext_jax.models.presets`, needed only where neither shapes
-nor a config.json beside the weights tell it (heads that are not 128 wide, say).
+there is); `config` is the dataclass of `kontext_jax.models.presets`, needed only where neither
+shapes nor a config.json beside the weights tell it (heads that are not 128 wide, say).
 """
 
 from __future__ import annotations

@@ -71,8 +71,8 @@ def make_parser() -> argparse.ArgumentParser:
         "sources",
         nargs="+",
         metavar="SRC",
-        help="a diffusers folder, BFL's folder or files, transformers' folders of text encoders and "
-        "tokenizers, ComfyUI's files, or a hub id owner/name",
+        help="a diffusers folder, BFL's folder or files, transformers' folders of text encoders "
+        "and tokenizers, ComfyUI's files, or a hub id owner/name",
     )
     jax.add_argument("--out", required=True, type=Path, help="directory to make")
     jax.add_argument("--dtype", choices=DTYPES, help="store as this (default: as in the source)")

@@ -1,7 +1,7 @@
 """Weights of one network on disk, in anybody's layout, read leaf by leaf in ours.
 
-`ForeignComponent` translates while it reads; `OwnComponent` is our own directory behind the same two
-methods, so that converting back, comparing and loading need not care which they hold.
+`ForeignComponent` translates while it reads; `OwnComponent` is our own directory behind the same
+two methods, so that converting back, comparing and loading need not care which they hold.
 """
 
 import json

@@ -1,7 +1,7 @@
 """The NOTICE beside converted weights: where they came from, and that they were modified.
 
-The FLUX.1 [dev] Non-Commercial License calls a converted checkpoint a Derivative and asks of whoever
-passes it on: a copy of the licence, an attribution notice, and a statement of modification.
+The FLUX.1 [dev] Non-Commercial License calls a converted checkpoint a Derivative and asks of
+whoever passes it on: a copy of the licence, an attribution notice, and a statement of modification.
 """
 
 from kontext_jax.models.presets import Preset

@@ -6,10 +6,10 @@ the way there and the way back follow, so a fact stands once and cannot disagree
 
     theirs (("H", "P", "R"), "D")   →  ours ("D", "H", ("R", "P"))
 
-splits the rows into heads, P rotary pairs and the R = 2 members of a pair, transposes, and joins the
-head's channels again with the members outermost: head-major and half-split in one line. What a
-permutation of axes cannot say is a `Part` of a fused tensor, a `Flip` of an axis of two, and a matrix
-published as a `OneByOne` convolution.
+splits the rows into heads, P rotary pairs and the R = 2 members of a pair, transposes, and joins
+the head's channels again with the members outermost: head-major and half-split in one line. What a
+permutation of axes cannot say is a `Part` of a fused tensor, a `Flip` of an axis of two, and a
+matrix published as a `OneByOne` convolution.
 """
 
 import dataclasses
@@ -233,7 +233,7 @@ def make_plan(rows: Iterable[Row], dims: Mapping[str, int], naming: str) -> Plan
             region = slice(start, start + lengths[name.index])
             if part_shape[axis] != lengths[name.index]:
                 raise ValueError(f"{row.path}: its section of {name.name} has another length")
-            shape = part_shape[:axis] + (sum(lengths),) + part_shape[axis + 1 :]
+            shape = (*part_shape[:axis], sum(lengths), *part_shape[axis + 1 :])
         elif isinstance(name, Flip):
             flip = their_names.index(name.axis)
         elif isinstance(name, OneByOne):
@@ -310,7 +310,8 @@ def tiled_copy(out: np.ndarray, source: np.ndarray) -> None:
         if axis != fast_in and room > 1:
             tile[axis] = min(out.shape[axis], room)
             room //= tile[axis]
-    # Read tiles keep the source's fastest axis last, padded so that columns do not share cache sets.
+    # Read tiles keep the source's fastest axis last, padded so that columns do not share cache
+    # sets.
     order = [axis for axis in range(rank) if axis != fast_in] + [fast_in]
     back = np.argsort(order)
     read_shape = [tile[axis] for axis in order]

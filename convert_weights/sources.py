@@ -1,6 +1,7 @@
 """Where the parts of a model lie: diffusers' folders, BFL's files, single files, or the hub.
 
-For each part the places below are tried in order, in the folder given or the folder of the file given:
+For each part the places below are tried in order, in the folder given or the folder of the file
+given:
 
     transformer    transformer/            flux1-*.safetensors
     autoencoder    vae/                    ae.safetensors
@@ -9,8 +10,8 @@ For each part the places below are tried in order, in the folder given or the fo
     T5 tokenizer   tokenizer_2/  tokenizers/t5/    t5/    text_encoder_2/
     CLIP tokenizer tokenizer/    tokenizers/clip/  clip/  text_encoder/
 
-A file that is named itself comes first, for every part that it holds (ComfyUI's all-in-one files hold
-them all).
+A file that is named itself comes first, for every part that it holds (ComfyUI's all-in-one files
+hold them all).
 """
 
 import dataclasses
@@ -86,7 +87,8 @@ def _find(folder: Path, kind: str) -> Path | None:
         if len(found) > 1:
             names = ", ".join(path.name for path in found)
             raise WeightMismatchError(
-                f"{folder}: several files may be the {TITLES[kind]} ({names}); name the one you mean"
+                f"{folder}: several files may be the {TITLES[kind]} ({names}); name the one "
+                "you mean"
             )
         if found:
             return found[0]
@@ -209,8 +211,8 @@ def resolve(path: str | Path) -> Path:
 def download(repo: str) -> Path:
     """The local snapshot of the hub model `repo`: weights, configs and tokenizers, no pickles.
 
-    Where a repository holds a diffusers folder, BFL's single files beside it are not downloaded: they
-    are the same weights again.
+    Where a repository holds a diffusers folder, BFL's single files beside it are not downloaded:
+    they are the same weights again.
     """
     import huggingface_hub
 
@@ -246,8 +248,8 @@ def open_foreign_bundle(path: str | Path, preset: str | None = None) -> checkpoi
     never holds more than one stacked parameter.
 
     Args:
-      path: a diffusers folder, BFL's files (a folder, or the transformer's file with the rest beside
-        it; the module says where each part is looked for), or a hub id `owner/name`.
+      path: a diffusers folder, BFL's files (a folder, or the transformer's file with the rest
+        beside it; the module says where each part is looked for), or a hub id `owner/name`.
       preset: which model it is, where names do not tell.
 
     Raises:

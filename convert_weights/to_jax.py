@@ -27,15 +27,8 @@ from convert_weights.sources import (
     tokenizer_kind,
 )
 from kontext_jax import checkpoint
-from kontext_jax.tensor_files import (
-    SafetensorsWriter,
-    TensorFileError,
-    TensorInfo,
-    dtype_name,
-    find_safetensors,
-    write_folder,
-    write_json,
-)
+from kontext_jax.tensor_files import TensorFileError, TensorInfo, dtype_name, find_safetensors
+from kontext_jax.tensor_writing import SafetensorsWriter, write_folder, write_json
 
 Advance = Callable[[int], None]
 """Told how many bytes of the source have been dealt with since the last call."""

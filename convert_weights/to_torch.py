@@ -22,13 +22,8 @@ from convert_weights.tables import TABLES, clip
 from convert_weights.to_jax import Advance, Summary, copy_tokenizer, require_room, run_jobs
 from kontext_jax import checkpoint
 from kontext_jax.models.presets import CLIPConfig, MMDiTConfig, Preset, T5Config, VAEConfig
-from kontext_jax.tensor_files import (
-    ShardedWriter,
-    TensorInfo,
-    dtype_name,
-    write_folder,
-    write_json,
-)
+from kontext_jax.tensor_files import TensorInfo, dtype_name
+from kontext_jax.tensor_writing import ShardedWriter, write_folder, write_json
 
 LAYOUTS = ("bfl", "diffusers")
 DIFFUSERS_VERSION = "0.34.0"  # the first with FluxKontextPipeline

@@ -1,7 +1,7 @@
 """Our own weight directory: one folder per network, `config.json` beside `params.safetensors`.
 
-`ModelBundle` is what every loader returns, here and in `convert_weights`: for each network its config
-and a function that reads its weights now, so that nothing is in memory before it is needed.
+`ModelBundle` is what every loader returns, here and in `convert_weights`: for each network its
+config and a function that reads its weights now, so that nothing is in memory before it is needed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from kontext_jax.models.presets import (
 )
 from kontext_jax.tensor_files import (
     SafetensorsFile,
-    SafetensorsWriter,
     TensorFileError,
     TensorInfo,
     TensorReader,
@@ -34,9 +33,8 @@ from kontext_jax.tensor_files import (
     flatten,
     has_nonfinite,
     unflatten,
-    write_folder,
-    write_json,
 )
+from kontext_jax.tensor_writing import SafetensorsWriter, write_folder, write_json
 
 if TYPE_CHECKING:  # converting and inspecting weights must not wait for jax to be imported
     import jax

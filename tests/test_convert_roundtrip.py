@@ -1,4 +1,4 @@
-"""to-jax and to-torch on real files: bit-exact in every naming and dtype, all or nothing on disk."""
+"""to-jax and to-torch on real files: bit-exact in every naming and dtype, all or nothing."""
 
 import dataclasses
 import hashlib

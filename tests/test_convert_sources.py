@@ -136,7 +136,7 @@ def test_a_part_of_the_wrong_kind_is_named(pipeline, tmp_path):
 
 
 def test_the_wrong_preset_is_one_clear_error(pipeline, tmp_path):
-    with pytest.raises(WeightMismatchError, match="wrong weights for flux-schnell.*guidance"):
+    with pytest.raises(WeightMismatchError, match=r"wrong weights for flux-schnell.*guidance"):
         open_foreign_bundle(pipeline, preset="flux-schnell")
     with pytest.raises(WeightMismatchError, match="wrong weights for flux-schnell"):
         to_jax([str(pipeline)], tmp_path / "ours", preset="flux-schnell")
@@ -207,7 +207,7 @@ def test_parts_may_be_named_one_by_one(pipeline, tmp_path, ours):
     to_jax([str(pipeline / part) for part in parts], tmp_path / "out", preset="kontext-dev")
     bundle = checkpoint.open_bundle(tmp_path / "out")
     assert bundle.identity == checkpoint.open_bundle(ours).identity
-    with pytest.raises(WeightMismatchError, match="both hold a autoencoder|both hold"):
+    with pytest.raises(WeightMismatchError, match="both hold a"):
         to_jax([str(pipeline), str(pipeline / "vae")], tmp_path / "twice")
 
 

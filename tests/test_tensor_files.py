@@ -14,19 +14,16 @@ from kontext_jax import tensor_files
 from kontext_jax.tensor_files import (
     DTYPES,
     SafetensorsFile,
-    SafetensorsWriter,
     Scratch,
-    ShardedWriter,
     TensorFileError,
     TensorInfo,
     cast,
     flatten,
     has_nonfinite,
     open_tensors,
-    plan_shards,
     unflatten,
-    write_folder,
 )
+from kontext_jax.tensor_writing import SafetensorsWriter, ShardedWriter, plan_shards, write_folder
 
 A = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 B = {"dtype": "U8", "shape": [4], "data_offsets": [24, 28]}

@@ -3,9 +3,9 @@
     python tools/make_random_flux.py flux1-dev-random.safetensors --depth 2 --single 8    # 3.4 GB
     python tools/make_random_flux.py flux1-dev-random.safetensors                         # 23.8 GB
 
-For benchmarks and rehearsals: real names, real widths, no trained value. The same seed gives the same
-bytes. Values are uniform in [-0.02, 0.02] but for the 7 low bits of the mantissa being drawn too, so
-that nothing compresses or repeats.
+For benchmarks and rehearsals: real names, real widths, no trained value. The same seed gives the
+same bytes. Values are uniform in [-0.02, 0.02] but for the 7 low bits of the mantissa being drawn
+too, so that nothing compresses or repeats.
 """
 
 import argparse
@@ -17,7 +17,8 @@ import numpy as np
 from convert_weights.rules import make_plan
 from convert_weights.tables import mmdit
 from kontext_jax.models.presets import MMDiTConfig
-from kontext_jax.tensor_files import SafetensorsWriter, TensorInfo
+from kontext_jax.tensor_files import TensorInfo
+from kontext_jax.tensor_writing import SafetensorsWriter
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 

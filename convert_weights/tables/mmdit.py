@@ -1,8 +1,8 @@
 """The transformer: BFL's names (`flux/model.py`) and diffusers' (`FluxTransformer2DModel`).
 
-BFL fuses q, k, v (and in single blocks the MLP's input) into one tensor, and the attention's and the
-MLP's output projections into one. Its final layer's modulation is (shift, scale); diffusers stores
-(scale, shift). Both interleave the channels of a rotary pair; ours are half-split.
+BFL fuses q, k, v (and in single blocks the MLP's input) into one tensor, and the attention's and
+the MLP's output projections into one. Its final layer's modulation is (shift, scale); diffusers
+stores (scale, shift). Both interleave the channels of a rotary pair; ours are half-split.
 """
 
 from convert_weights.rules import Flip, Part, Row, dense

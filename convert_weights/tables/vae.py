@@ -1,9 +1,9 @@
 """The autoencoder: BFL's names (`ae.safetensors`) and diffusers' (`AutoencoderKL`).
 
-Convolutions are OIHW there and HWIO here; BFL writes the attention's projections as 1×1 convolutions,
-diffusers as matrices. Both decoders run from the coarsest level to the finest, but BFL counts the
-levels from the finest and diffusers in the order they run. diffusers-old is what releases before 0.18
-wrote: the attention's names only.
+Convolutions are OIHW there and HWIO here; BFL writes the attention's projections as 1×1
+convolutions, diffusers as matrices. Both decoders run from the coarsest level to the finest, but
+BFL counts the levels from the finest and diffusers in the order they run. diffusers-old is what
+releases before 0.18 wrote: the attention's names only.
 """
 
 from convert_weights.rules import OneByOne, Row, with_suffix
