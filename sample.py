@@ -220,7 +220,10 @@ def run(given: dict) -> int:
         keep_text_encoders=False,
         tell=lambda line: tell(f"note: {line}"),
     )
-    tell(f"model: {bundle.preset.name}, {bundle.source}")
+    name, source = bundle.preset.name, bundle.source
+    tell(f"model: {source}" if name in source else f"model: {name}, {source}")
+    if "weights" not in flags:
+        tell("note: untrained: the picture shows that every part runs, it is no edit")
     if not flags.get("no_cache"):
         kept = compiling.keep_compiled_programs(compiling.default_cache_dir())
         tell(f"compiled programs are kept in {kept} (--no-cache: they are not)")

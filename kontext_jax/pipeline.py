@@ -138,12 +138,24 @@ class Pipeline:
           on_step: called after every step of a batch.
         """
         texts = self._encode_texts(requests)
-        for chunk, batch_places in self._batches(requests, place):
+        for rows, places in self._batches(requests, place):
+            yielded = False
             try:
-                yield from self._edit_batch(chunk, batch_places, texts, on_step)
+                for result in self._edit_batch(rows, places, texts, on_step):
+                    yielded = True
+                    yield result
             except Exception as error:  # whoever takes the results decides what to do with it
-                for index in sorted({item.request_index for item in chunk}):
-                    yield Failure(index, error)
+                wanted = [rows[p.row] for p in places]
+                if yielded or len(wanted) == 1:
+                    for index in sorted({item.request_index for item in wanted}):
+                        yield Failure(index, error)
+                    continue
+                # Memory may suffice for one row, and one bad row must not spoil the others.
+                for item in wanted:
+                    try:
+                        yield from self._edit_batch([item], [Place(1, 0)], texts, on_step)
+                    except Exception as error:
+                        yield Failure(item.request_index, error)
 
     def _batches(self, requests, place) -> Iterator[tuple[list[_Item], list[Place]]]:
         """Rows of each batch, and the places at which something is wanted."""

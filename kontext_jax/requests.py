@@ -53,7 +53,8 @@ class SampleRequest:
         for field, kind in _TYPES.items():
             value = getattr(self, field)
             if kind == "strings":
-                if isinstance(value, str) or not all(isinstance(v, str) for v in value):
+                listed = isinstance(value, list | tuple)
+                if not listed or not all(isinstance(v, str) for v in value):
                     raise ValueError(f"{field} is {value!r}; expected a list of strings")
                 object.__setattr__(self, field, tuple(value))
             elif value is not None or field not in _OPTIONAL:
