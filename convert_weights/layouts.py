@@ -419,16 +419,22 @@ def _fields(config_class: type, foreign: Mapping[str, Any] | None) -> dict[str, 
     return {k: v for k, v in (foreign or {}).items() if k in names and v is not None}
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; raises `WeightMismatchError` unless it is an object."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise WeightMismatchError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise WeightMismatchError(f"{path}: not a JSON object")
+    return value
+
+
 def read_foreign_config(path: Path, kind: str) -> dict[str, Any] | None:
     """diffusers' or transformers' `config.json` at `path` if there is one and it is of `kind`."""
     if not path.is_file():
         return None
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise WeightMismatchError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise WeightMismatchError(f"{path}: not a JSON object")
+    config = read_json_object(path)
     names = {
         config.get("_class_name"),
         config.get("model_type"),
@@ -453,6 +459,13 @@ def read_foreign_config(path: Path, kind: str) -> dict[str, Any] | None:
     return config
 
 
+_TELLING_WORDS = (
+    ("kontext", "kontext-dev"),
+    ("krea", "krea-dev"),
+    ("(?<![a-z])dev(?![a-z])", "flux-dev"),
+)
+
+
 def guess_preset(config: MMDiTConfig, hints: list[str], where: str) -> str:
     """The preset a transformer belongs to; its shapes tell schnell from the rest, names the rest.
 
@@ -467,8 +480,8 @@ def guess_preset(config: MMDiTConfig, hints: list[str], where: str) -> str:
     if not config.guidance_embed:
         return "flux-schnell"
     for hint in hints:
-        for word, preset in (("kontext", "kontext-dev"), ("krea", "krea-dev"), ("dev", "flux-dev")):
-            if word in hint.lower():
+        for word, preset in _TELLING_WORDS:
+            if re.search(word, hint.lower()):
                 return preset
     choices = " | ".join(p.name for p in PRESETS.values() if p.mmdit.guidance_embed)
     raise WeightMismatchError(

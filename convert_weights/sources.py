@@ -15,13 +15,12 @@ hold them all).
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from convert_weights.io import ForeignComponent, open_components
-from convert_weights.layouts import KINDS, TITLES, guess_preset, preset_for
+from convert_weights.layouts import KINDS, TITLES, guess_preset, preset_for, read_json_object
 from convert_weights.rules import WeightMismatchError
 from kontext_jax import checkpoint
 from kontext_jax.models.presets import Preset
@@ -119,15 +118,15 @@ def tokenizer_kind(folder: Path) -> str | None:
     if not (folder / "tokenizer.json").is_file():
         return None
     config = folder / "tokenizer_config.json"
-    name = json.loads(config.read_text("utf-8")).get("tokenizer_class") if config.is_file() else ""
-    return "t5" if "T5" in (name or "") else "clip" if "CLIP" in (name or "") else None
+    name = str(read_json_object(config).get("tokenizer_class")) if config.is_file() else ""
+    return "t5" if "T5" in name else "clip" if "CLIP" in name else None
 
 
 def naming_hints(path: Path, components: dict[str, ForeignComponent]) -> list[str]:
     """Names that may tell which model the weights at `path` are, most telling first."""
     hints = []
     if (path / "model_index.json").is_file():
-        index = json.loads((path / "model_index.json").read_text("utf-8"))
+        index = read_json_object(path / "model_index.json")
         hints.append(str(index.get("_name_or_path", "")))
         if "Kontext" in str(index.get("_class_name", "")):
             hints.append("kontext")
@@ -155,7 +154,7 @@ def find_model(
       WeightMismatchError: something is missing (all of it named, with the places looked at), or is
         not what its place says.
     """
-    path = resolve(path)
+    given, path = str(path), resolve(path)
     folder = path if path.is_dir() else path.parent
     components: dict[str, ForeignComponent] = {}
     try:
@@ -167,7 +166,10 @@ def find_model(
         tokenizers = find_tokenizers(folder)
         if complete:
             _require(folder, kinds, components, tokenizers)
-        return ModelSource(components, tokenizers, naming_hints(path, components), str(path))
+        hints = naming_hints(path, components)
+        if not Path(given).exists():
+            hints.append(given)  # a hub id; its snapshot's folder is named by a hash
+        return ModelSource(components, tokenizers, hints, given)
     except BaseException:
         for component in components.values():
             component.close()

@@ -66,7 +66,7 @@ def gather(paths: Sequence[str], axes_dim: tuple[int, ...] | None = None) -> Mod
     origin: dict[str, str] = {}
     try:
         for given in paths:
-            source = _open_one(resolve(given), axes_dim)
+            source = _open_one(given, axes_dim)
             for kind, component in source.components.items():
                 if kind in origin:
                     component.close()
@@ -83,7 +83,8 @@ def gather(paths: Sequence[str], axes_dim: tuple[int, ...] | None = None) -> Mod
     return together
 
 
-def _open_one(path: Path, axes_dim: tuple[int, ...] | None) -> ModelSource:
+def _open_one(given: str, axes_dim: tuple[int, ...] | None) -> ModelSource:
+    path = resolve(given)
     if path.is_file():
         components = open_components(path, axes_dim=axes_dim)
         return ModelSource(components, {}, naming_hints(path, components), str(path))
@@ -96,7 +97,7 @@ def _open_one(path: Path, axes_dim: tuple[int, ...] | None) -> ModelSource:
             if tokenizer:
                 tokenizers[tokenizer] = path
             return ModelSource(components, tokenizers, naming_hints(path, components), str(path))
-    source = find_model(path, complete=False, axes_dim=axes_dim)
+    source = find_model(given, complete=False, axes_dim=axes_dim)
     if not source.components and not source.tokenizer_dirs:
         raise WeightMismatchError(
             f"{path}: no weights and no tokenizer found in it; expected a diffusers folder, BFL's "

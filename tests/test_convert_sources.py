@@ -153,9 +153,10 @@ def test_names_and_shapes_tell_the_preset():
     assert guess("FLUX.1-Krea-dev") == "krea-dev"
     assert guess("flux1-dev-fp8") == "flux-dev"
     assert guess("transformer", "FLUX.1-Kontext-dev") == "kontext-dev"
+    assert guess("abc123", "black-forest-labs/FLUX.1-dev") == "flux-dev"
     assert guess("anything", guidance=False) == "flux-schnell"
     with pytest.raises(WeightMismatchError, match=r"same shapes(.|\n)*pass --preset kontext-dev"):
-        guess("model", "weights")
+        guess("model", "weights", "developer")
 
 
 def test_a_hub_id_is_downloaded_or_the_reason_told(pipeline, monkeypatch):
@@ -188,6 +189,14 @@ def test_a_hub_id_is_downloaded_or_the_reason_told(pipeline, monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **options: Info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert open_foreign_bundle("owner/name").preset.name == "kontext-dev"
+    (pipeline / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    try:
+        assert open_foreign_bundle("owner/FLUX.1-dev").preset.name == "flux-dev"
+        (pipeline / "model_index.json").write_text("[")
+        with pytest.raises(WeightMismatchError, match=r"model_index\.json: not readable as JSON"):
+            open_foreign_bundle(pipeline)
+    finally:
+        (pipeline / "model_index.json").write_text('{"_class_name": "FluxKontextPipeline"}')
     assert asked["ignore_patterns"] == ["flux1-dev.safetensors"]
     assert not any("bin" in pattern or "pt" in pattern for pattern in asked["allow_patterns"])
 
