@@ -98,8 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--tile",
         choices=("auto", "on", "off"),
-        default="auto",
-        help="autoencoder in tiles, for large pictures in little memory",
+        help="autoencoder in tiles, for large pictures in little memory (default auto)",
     )
 
     run = parser.add_argument_group("run")
@@ -191,12 +190,12 @@ def run(given: dict) -> int:
             f"{recipe_path} was made with {recipe.model} weights {recipe.weights[:12]}…, found "
             f"{bundle.preset.name} {bundle.identity[:12]}…; give the same with --weights"
         )
-    dtype, tiling = flags.get("dtype"), flags["tile"]
+    dtype, tiling = flags.get("dtype"), flags.get("tile", "auto")
     prepared = base = place = None
     if recipe:
         prepared, same = runs.prepare_again(recipe, bundle.preset, fields)
-        same = same and dtype in (None, recipe.dtype)
-        dtype, tiling = dtype or recipe.dtype, recipe.tiling
+        dtype, tiling = dtype or recipe.dtype, flags.get("tile", recipe.tiling)
+        same = same and (dtype, tiling) == (recipe.dtype, recipe.tiling)
         place = recipe.place if same else None
     elif not jobs:
         if "prompt" not in fields and "images" not in fields:

@@ -1,6 +1,7 @@
 """`python sample.py` as a user types it: what is printed, written and returned."""
 
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from kontext_jax import checkpoint, images
+from kontext_jax import checkpoint, images, runs
 from kontext_jax.compiling import CACHE_VARIABLE
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.requests import find_image
@@ -90,7 +91,7 @@ def test_one_command_edits_the_photograph_that_ships(tmp_path):
 
 
 def test_turns_and_seeds_are_written_and_each_is_made_again_bit_for_bit(cli, tmp_path):
-    status, out, err = cli(
+    status, _, err = cli(
         *SMALL, "--image", CAT, "--prompt", "red", "--then", "blue", "--num-images", 2,
         "--seed", 7, "-o", "o/a.png",
     )  # fmt: skip
@@ -245,3 +246,13 @@ def test_ctrl_c_ends_quietly(cli, sample, monkeypatch):
 
     monkeypatch.setattr(sample, "open_weights", interrupt)
     assert cli() == (130, "", "interrupted\n")
+
+
+def test_the_step_line_ends_by_clearing_itself():
+    stream = io.StringIO()
+    line = runs.StepLine(stream)
+    for done in (1, 2, 3):
+        line(done, 3)
+    shown = stream.getvalue().split("\r")
+    assert "step 1/3" in shown[1] and "step 2/3" in shown[2] and "s a step" in shown[2]
+    assert shown[-1] == "" and shown[-2].strip() == "" and len(shown[-2]) == len(shown[1])
