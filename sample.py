@@ -76,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--true-cfg", type=float, metavar="S", help="classifier-free guidance, two passes a step"
     )
     how.add_argument(
-        "--numerics", metavar="exact|bfl|diffusers", help="whose arithmetic to follow to the bit"
+        "--numerics", metavar="exact|bfl|diffusers", help="whose rules and roundings to follow"
     )
     how.add_argument(
         "--position-rule", metavar="index|bfl|width", help="where several references stand"
