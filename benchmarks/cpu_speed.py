@@ -280,7 +280,7 @@ def main() -> None:
         work(args.worker, args.case, args.cores, args.output)
         return
     report = {"environment": environment(), "dtype": "float32", "results": []}
-    print(json.dumps(report["environment"]))
+    print(json.dumps(report["environment"]), flush=True)
     for case in CASES if args.case == "all" else (args.case,):
         result = measure(case, args.cores, args.pairs)
         report["results"].append(result)
@@ -290,7 +290,7 @@ def main() -> None:
                 low, middle, high = (result[key][k] for k in ("min", "median", "max"))
                 print(f"  {key:12} min {low:.3f}  median {middle:.3f}  max {high:.3f}")
         difference, std = result["max_difference"], result["output_std"]
-        print(f"  largest difference of outputs {difference:.1e} (their std {std:.2f})")
+        print(f"  largest difference of outputs {difference:.1e} (their std {std:.2f})", flush=True)
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 
