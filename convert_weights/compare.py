@@ -131,7 +131,7 @@ def _model_names(component: AnyComponent, path: str) -> str:
     if isinstance(component, OwnComponent):
         return str(checkpoint.read_manifest(path)["preset"])
     fitting = [p.name for p in PRESETS.values() if getattr(p, component.kind) == component.config]
-    size = "the published size" if fitting else "not a published size"
+    size = f"the size of {', '.join(fitting)}" if fitting else "not the size of a preset"
     if component.kind != "mmdit":
         return size
     try:

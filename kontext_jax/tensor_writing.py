@@ -3,6 +3,7 @@
 Nothing appears under its final name before every byte of it has been written.
 """
 
+import collections
 import dataclasses
 import json
 import os
@@ -16,6 +17,9 @@ from typing import Any
 import numpy as np
 
 from kontext_jax.tensor_files import DTYPE_NAMES, TensorInfo
+
+FLUSH_BYTES = 2**20  # smaller slices are left to the kernel
+SLICES_ON_THE_WAY = 2
 
 
 class SafetensorsWriter:
@@ -49,6 +53,7 @@ class SafetensorsWriter:
         text += b" " * (-len(text) % 8)  # data starts aligned
         self._data_start = 8 + len(text)
         self._lock = threading.Lock()
+        self._on_the_way: collections.deque[tuple[int, int]] = collections.deque()
         self._missing = {name: info.nbytes for name, info in self.tensors.items()}
         self._fd: int | None = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
@@ -81,6 +86,21 @@ class SafetensorsWriter:
         with self._lock:
             self._pwrite(array.reshape(-1).view(np.uint8), offset)
             self._missing[name] -= array.nbytes
+            self._leave_page_cache(offset, array.nbytes)
+
+    def _leave_page_cache(self, offset: int, nbytes: int) -> None:
+        """Lets the disk begin at once, and gives back the memory of what it has finished.
+
+        Whoever writes tens of GB fills the machine's memory with pages that nobody reads again, and
+        pays for each of them; a few that are used over and over cost less than half.
+        """
+        if nbytes < FLUSH_BYTES or not hasattr(os, "posix_fadvise"):
+            return
+        # Advice on bytes that are still on their way starts the writing; repeated, it drops them.
+        self._on_the_way.append((offset, nbytes))
+        os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+        if len(self._on_the_way) > SLICES_ON_THE_WAY:
+            os.posix_fadvise(self._fd, *self._on_the_way.popleft(), os.POSIX_FADV_DONTNEED)
 
     def finish(self) -> None:
         """Makes the file durable and gives it its name.

@@ -302,4 +302,4 @@ def test_inspect_describes_before_anyone_converts(bfl, ours):
         "T5 text encoder",
         "CLIP text encoder",
     ]
-    assert PRESETS["kontext-dev"].mmdit != MMDIT and "not a published size" in rows["model"]
+    assert PRESETS["kontext-dev"].mmdit != MMDIT and "not the size of a preset" in rows["model"]
