@@ -77,6 +77,8 @@ def gather(paths: Sequence[str], axes_dim: tuple[int, ...] | None = None) -> Mod
                 together.components[kind] = component
             together.tokenizer_dirs |= source.tokenizer_dirs
             together.hints += source.hints
+            if source.shift_timesteps is not None:
+                together.shift_timesteps = source.shift_timesteps
     except BaseException:
         together.close()
         raise
@@ -226,7 +228,14 @@ def _fill(
         notice.notice_text(where, "; ".join([what, *notes]), licence), "utf-8"
     )
     kinds = [kind for kind in KINDS if kind in source.components]
-    checkpoint.write_manifest(folder, preset.name if preset else None, kinds, where, licence)
+    checkpoint.write_manifest(
+        folder,
+        preset.name if preset else None,
+        kinds,
+        where,
+        licence,
+        preset.shift_timesteps if preset else None,
+    )
 
 
 def _stream(component: ForeignComponent, writer: SafetensorsWriter, advance: Advance) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from convert_weights import notice
+from convert_weights import notice, scheduler
 from convert_weights.io import OwnComponent, ThreadScratch, lossless_dtype
 from convert_weights.layouts import (
     CONFIG_KEY,
@@ -67,6 +67,8 @@ def to_torch(
         preset = (
             preset_for(manifest["preset"], configs, str(directory)) if manifest["preset"] else None
         )
+        if preset is not None:
+            preset = dataclasses.replace(preset, **checkpoint.sampling_rule(manifest))
         if layout == "diffusers":
             for kind, config in configs.items():
                 require_expressible(kind, config)
@@ -281,20 +283,12 @@ def _write_pipeline(folder: Path, preset: Preset | None, kinds: set[str]) -> lis
     missing += [name for name in TOKENIZER_FOLDERS.values() if not (folder / name).is_dir()]
     if preset is None or missing:
         return [f"no model_index.json, since the directory lacks {', '.join(missing)}"]
-    dynamic = preset.shift_timesteps
     (folder / "scheduler").mkdir()
     write_json(
-        folder / "scheduler" / "scheduler_config.json",
+        folder / scheduler.FILE,
         {
-            "_class_name": "FlowMatchEulerDiscreteScheduler",
             "_diffusers_version": DIFFUSERS_VERSION,
-            "base_image_seq_len": 256,
-            "base_shift": 0.5,
-            "max_image_seq_len": 4096,
-            "max_shift": 1.15,
-            "num_train_timesteps": 1000,
-            "shift": 3.0 if dynamic else 1.0,
-            "use_dynamic_shifting": dynamic,
+            **scheduler.scheduler_config(preset.shift_timesteps),
         },
     )
     kontext = preset.takes_references
@@ -303,7 +297,7 @@ def _write_pipeline(folder: Path, preset: Preset | None, kinds: set[str]) -> lis
         {
             "_class_name": "FluxKontextPipeline" if kontext else "FluxPipeline",
             "_diffusers_version": DIFFUSERS_VERSION,
-            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "scheduler": ["diffusers", scheduler.CLASS_NAME],
             "text_encoder": ["transformers", "CLIPTextModel"],
             "text_encoder_2": ["transformers", "T5EncoderModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"],

@@ -193,9 +193,18 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
 
 
 def write_manifest(
-    directory: Path, preset: str | None, components: Iterable[str], source: str, licence: str | None
+    directory: Path,
+    preset: str | None,
+    components: Iterable[str],
+    source: str,
+    licence: str | None,
+    shift_timesteps: bool | None = None,
 ) -> None:
-    """Writes `kontext_jax.json`, which makes `directory` a weight directory."""
+    """Writes `kontext_jax.json`, which makes `directory` a weight directory.
+
+    Args:
+      shift_timesteps: whether the model samples on the shifted grid; None leaves it to the preset.
+    """
     write_json(
         directory / MANIFEST,
         {
@@ -204,8 +213,15 @@ def write_manifest(
             "components": list(components),
             "source": source,
             "license": licence,
+            "shift_timesteps": shift_timesteps,
         },
     )
+
+
+def sampling_rule(manifest: Mapping[str, Any]) -> dict[str, bool]:
+    """Fields of the preset that the weights' own scheduler decides, where it was known."""
+    shift = manifest.get("shift_timesteps")
+    return {} if shift is None else {"shift_timesteps": bool(shift)}
 
 
 def open_bundle(
@@ -254,7 +270,9 @@ def open_bundle(
         for file in files.values():
             file.close()
     preset = dataclasses.replace(
-        PRESETS[manifest["preset"]], **{kind: c.config for kind, c in components.items()}
+        PRESETS[manifest["preset"]],
+        **{kind: c.config for kind, c in components.items()},
+        **sampling_rule(manifest),
     )
     return ModelBundle(preset, components, tokenizer_dirs, manifest["source"], identity)
 

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 import convert_weights
-from convert_weights import NonFiniteError, WeightMismatchError, open_foreign_bundle, read_component
+from convert_weights import (
+    NonFiniteError,
+    WeightMismatchError,
+    open_foreign_bundle,
+    read_component,
+    scheduler,
+)
 from convert_weights.compare import describe
 from convert_weights.layouts import guess_preset
 from convert_weights.to_jax import to_jax
@@ -303,3 +309,34 @@ def test_inspect_describes_before_anyone_converts(bfl, ours):
         "CLIP text encoder",
     ]
     assert PRESETS["kontext-dev"].mmdit != MMDIT and "not the size of a preset" in rows["model"]
+
+
+def write_scheduler(folder, **changes) -> None:
+    (folder / "scheduler").mkdir()
+    config = scheduler.scheduler_config(True) | changes
+    (folder / scheduler.FILE).write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_the_folders_scheduler_decides_the_grid_and_survives_conversion(tmp_path, dynamic):
+    write_pipeline(tmp_path / "theirs")
+    write_scheduler(tmp_path / "theirs", use_dynamic_shifting=dynamic, shift=1.0)
+    assert open_foreign_bundle(tmp_path / "theirs").preset.shift_timesteps is dynamic
+    to_jax([str(tmp_path / "theirs")], tmp_path / "ours")
+    assert checkpoint.open_bundle(tmp_path / "ours").preset.shift_timesteps is dynamic
+    to_torch(tmp_path / "ours", tmp_path / "back", "diffusers")
+    assert scheduler.read_shift_timesteps(tmp_path / "back") is dynamic
+
+
+def test_without_a_scheduler_the_preset_decides_the_grid(pipeline):
+    assert scheduler.read_shift_timesteps(pipeline) is None
+    assert open_foreign_bundle(pipeline).preset.shift_timesteps
+
+
+def test_a_grid_that_we_do_not_have_is_refused_with_every_key(tmp_path):
+    write_pipeline(tmp_path / "theirs")
+    write_scheduler(tmp_path / "theirs", max_shift=1.3, use_karras_sigmas=True)
+    with pytest.raises(WeightMismatchError) as error:
+        open_foreign_bundle(tmp_path / "theirs")
+    assert "max_shift: found 1.3, supported 1.15" in str(error.value)
+    assert "use_karras_sigmas: found True, supported False" in str(error.value)
