@@ -22,6 +22,7 @@ class Numerics:
     size_rounding: Literal["refuse", "ceil", "floor"]  # explicit sizes that 16 does not divide
     vae_encode_dtype: Literal["float32", "compute"]
     vae_decode_dtype: Literal["float32", "compute"]
+    unscale_dtype: Literal["float32", "compute"]  # of latents / latent_scale + latent_shift
     timestep_rounding: Literal["none", "bfl", "diffusers"]
     euler_dtype: Literal["float32", "compute", "float32_then_compute"]
     rope_precision: Literal["float64", "float32"]
@@ -37,6 +38,7 @@ EXACT = Numerics(
     size_rounding="refuse",
     vae_encode_dtype="float32",
     vae_decode_dtype="float32",
+    unscale_dtype="float32",
     timestep_rounding="none",
     euler_dtype="float32",
     rope_precision="float64",
@@ -51,6 +53,7 @@ BFL = Numerics(
     size_rounding="ceil",
     vae_encode_dtype="float32",
     vae_decode_dtype="compute",
+    unscale_dtype="float32",
     timestep_rounding="bfl",
     euler_dtype="compute",
     rope_precision="float32",
@@ -65,6 +68,7 @@ DIFFUSERS = Numerics(
     size_rounding="floor",
     vae_encode_dtype="compute",
     vae_decode_dtype="compute",
+    unscale_dtype="compute",
     timestep_rounding="diffusers",
     euler_dtype="float32_then_compute",
     rope_precision="float64",

@@ -429,6 +429,7 @@ class Pipeline:
           FloatingPointError: the result is not finite.
         """
         vae, params = self._vae(numerics.vae_decode_dtype), self._load("vae")
+        x = x.astype(jnp.float32 if numerics.unscale_dtype == "float32" else self._compute_dtype)
         if tile_px := self._tile_px(vae, *(side * vae.downsampling for side in x.shape[1:3])):
             with self._precise(), self.timings.measure("decode"):
                 image = decode_tiled(vae, params, x, tile_px)

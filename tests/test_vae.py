@@ -207,3 +207,14 @@ def test_the_middle_attends_over_all_positions(small, monkeypatch):
     vae, variables = small
     vae.apply(variables, image(16, 24), method="encode")
     assert seen == [((1, 1, 8 * 12, 64), (1, 1, 8 * 12, 64))]
+
+
+def test_latents_are_unscaled_in_their_own_dtype_before_they_are_rounded():
+    vae = VAE(VAEConfig(), jnp.bfloat16)
+    latents = jnp.linspace(-1, 1, 512, dtype=jnp.float32).reshape(1, 4, 8, 16)
+    once = vae.bind({}).from_latents(latents)
+    twice = vae.bind({}).from_latents(latents.astype(jnp.bfloat16))
+    exact = latents / 0.3611 + 0.1159
+    assert once.dtype == twice.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(once, exact.astype(jnp.bfloat16))
+    assert np.count_nonzero(np.asarray(once != twice)) > 50

@@ -390,7 +390,10 @@ class VAE(nn.Module):
 
     @typed
     def decode(self, latents: Latents) -> Float[Array, "B height width channels"]:
-        """The image of some latents, about [-1, 1] and not clipped."""
+        """The image of some latents, about [-1, 1] and not clipped.
+
+        Latents are unscaled in the dtype in which they come, then rounded to the compute dtype.
+        """
         return self.decoder(self.from_latents(latents))
 
     def check_image(self, shape: tuple[int, ...]) -> None:
@@ -416,5 +419,5 @@ class VAE(nn.Module):
         return self.config.latent_scale * (z - self.config.latent_shift)
 
     def from_latents(self, latents: Array) -> Array:
-        latents = latents.astype(self.dtype)
-        return latents / self.config.latent_scale + self.config.latent_shift
+        z = latents / self.config.latent_scale + self.config.latent_shift
+        return z.astype(self.dtype)
