@@ -1,7 +1,8 @@
 """Compiles the full-size sampler for hardware that is not here, and prints what it needs.
 
-    pip install 'jax[tpu]'                                                       # v5e, v5p, v6e
-    pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt nvidia-cudnn-cu12    # h100
+    pip install 'jax[tpu]'                                        # for v5e, v5p, v6e
+    pip install --no-deps jax-cuda12-plugin==V jax-cuda12-pjrt==V nvidia-cudnn-cu12
+                                                                  # for h100; V: version of jax
     python benchmarks/aot.py --targets v5p h100
 
 Networks are built abstractly (shapes only, no weights) and compiled ahead of time by the very
