@@ -86,6 +86,7 @@ class Program:
     run: Callable
     params: Any
     inputs: tuple
+    precision: str | None = None  # of products, as the pipeline asks for
 
 
 def abstract_params(kind: str, config: Any, dtype: Any) -> Any:
@@ -153,7 +154,7 @@ def vae_program(preset: Preset, size, method: str) -> Program:
         return vae.apply({"params": params}, x, method=method)
 
     inputs = (jax.ShapeDtypeStruct(given, jnp.float32),)
-    return Program(run, abstract_params("vae", preset.vae, jnp.float32), inputs)
+    return Program(run, abstract_params("vae", preset.vae, jnp.float32), inputs, "highest")
 
 
 def compile_for(target: Target, program: Program) -> dict[str, Any]:
@@ -164,7 +165,8 @@ def compile_for(target: Target, program: Program) -> dict[str, Any]:
         (program.params, program.inputs),
     )
     start = time.perf_counter()
-    compiled = jax.jit(program.run).lower(params, *inputs).compile()
+    with jax.default_matmul_precision(program.precision):
+        compiled = jax.jit(program.run).lower(params, *inputs).compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))

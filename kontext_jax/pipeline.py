@@ -5,43 +5,29 @@
     noise    → Euler steps     → latents     several requests of one shape in a batch
     latents  → VAE             → pixels      one picture at a time
 
-Each network is read when it is first needed and each program compiled for its shapes, so that
-loading, compiling and computing are timed apart. A further turn of a request takes the final
-latents of the turn before as its reference, without passing through pixels.
+Requests of one shape share batches. A further turn of a request takes the final latents of the turn
+before as its reference, without passing through pixels.
 """
 
 import dataclasses
 import importlib.metadata
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import kontext_jax
-from kontext_jax import conditioning, flow, images, latents
-from kontext_jax.checkpoint import ModelBundle
-from kontext_jax.compiling import Executables, Timings
-from kontext_jax.models.clip import CLIPText
-from kontext_jax.models.mmdit import Conditioning, MMDiT, make_velocity_fn, prepare_steps
-from kontext_jax.models.t5 import T5Encoder
-from kontext_jax.models.vae import VAE
-from kontext_jax.models.vae_tiling import decode_tiled, encode_tiled, vae_peak_bytes
-from kontext_jax.numerics import EXACT, Numerics
+from kontext_jax import images, latents
 from kontext_jax.requests import PreparedRequest, request_to_dict
-from kontext_jax.sampler import euler_sample, guided_velocity_fn, initial_noise
-from kontext_jax.types import Params
+from kontext_jax.sampler import initial_noise
+from kontext_jax.stages import OnStep, Stages
 
 METADATA_FORMAT = 1
 TOKENS_PER_BATCH = 8192  # a batch is filled up to this: one edit of a megapixel, several small ones
 MAX_BATCH = 8
-TILE_PX = 512
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-OnStep = Callable[[int, int], None]
-"""`on_step(done, num_steps)`, called when a step's result exists."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,46 +66,17 @@ class _Item:
     prepared: PreparedRequest
 
 
-class Pipeline:
-    """Networks of one bundle, ready to edit.
+class Pipeline(Stages):
+    """Edits pictures; takes what `Stages` takes, and
 
     Args:
-      bundle: where the weights are.
-      dtype: compute dtype of the text encoders and the transformer, "float32" or "bfloat16"; the
-        autoencoder follows a request's numerics. None: float32 on CPU, bfloat16 elsewhere.
-      tiling: whether the autoencoder works in tiles: "on", "off", or "auto" where a whole picture
-        would need more memory than the device has.
       keep_text_encoders: False frees T5 and CLIP once all prompts are encoded, before the
         transformer is read.
-      tell: called with lines for the user.
     """
 
-    def __init__(
-        self,
-        bundle: ModelBundle,
-        *,
-        dtype: str | None = None,
-        tiling: Literal["auto", "on", "off"] = "auto",
-        keep_text_encoders: bool = True,
-        tell: Callable[[str], None] = lambda line: None,
-    ):
-        if dtype is None:
-            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-        self.bundle = bundle
-        self.preset = bundle.preset
-        self.dtype = dtype
-        self.timings = Timings()
-        self._compute_dtype = DTYPES[dtype]
-        self._tiling = tiling
+    def __init__(self, *args, keep_text_encoders: bool = True, **kwargs):
+        super().__init__(*args, **kwargs)
         self._keep_text_encoders = keep_text_encoders
-        self._tell = tell
-        self._executables = Executables(self.timings)
-        self._params: dict[str, Params] = {}
-        self._tokenizers: conditioning.Tokenizers | None = None
-
-    # Editing
 
     def edit(
         self,
@@ -260,8 +217,6 @@ class Pipeline:
             "versions": versions(),
         }
 
-    # Stages
-
     def _encode_texts(self, requests) -> dict[tuple[str, bool], tuple[jax.Array, jax.Array]]:
         """Features of every prompt, by (prompt, text_mask)."""
         wanted: dict[tuple[str, bool], None] = {}
@@ -277,212 +232,10 @@ class Pipeline:
             self._params.pop("clip", None)
         return features
 
-    def encode_text(self, prompt: str, mask: bool = False) -> tuple[jax.Array, jax.Array]:
-        """T5 features [1, T, context_in_dim] and pooled CLIP features [1, vec_in_dim] of a prompt.
-
-        Raises:
-          FloatingPointError: the result is not finite.
-        """
-        t5_config = self.bundle.components["t5"].config
-        clip_config = self.bundle.components["clip"].config
-        with self.timings.measure("load"):
-            if self._tokenizers is None:
-                tokenizers = conditioning.Tokenizers(**self.bundle.tokenizer_dirs)
-                tokenizers.check_fit(t5_config, clip_config)
-                self._tokenizers = tokenizers
-        ids, notices = self._tokenizers.tokenize([prompt], self.preset.max_text_tokens)
-        for notice in notices:
-            self._tell(notice)
-        t5 = T5Encoder(t5_config, self._compute_dtype)
-        clip = CLIPText(clip_config, self._compute_dtype)
-        args = self._load("t5"), self._load("clip"), ids
-
-        def make():
-            return lambda t5_params, clip_params, ids: conditioning.encode_text(
-                t5, clip, t5_params, clip_params, ids, use_mask=mask
-            )
-
-        program = self._compile(("text", t5, clip, mask), make, *args)
-        with self.timings.measure("encode"):
-            txt, vec = program(*args)
-            return self._finite(txt, "text features"), self._finite(vec, "pooled text features")
-
     def _encode_reference(self, prepared: PreparedRequest, index: int) -> jax.Array:
         fit = prepared.sizes.references[index]
         pixels = images.resize(prepared.pictures[index].pixels, *fit.size, box=fit.box)
         return self.encode_picture(pixels, prepared.numerics)
-
-    def encode_picture(self, pixels: np.ndarray, numerics: Numerics = EXACT) -> jax.Array:
-        """Latents [1, h/8, w/8, Z] of a picture uint8 [h, w, 3].
-
-        Raises:
-          FloatingPointError: the result is not finite.
-        """
-        image = latents.pixels_to_model(pixels)[None]
-        vae, params = self._vae(numerics.vae_encode_dtype), self._load("vae")
-        if tile_px := self._tile_px(vae, *image.shape[1:3]):
-            with self._precise(), self.timings.measure("encode"):
-                return self._finite(encode_tiled(vae, params, image, tile_px), "image latents")
-        program = self._compile(("encode", vae), lambda: _method(vae, "encode"), params, image)
-        with self.timings.measure("encode"):
-            return self._finite(program(params, image), "image latents")
-
-    def denoise(
-        self,
-        noise: jax.Array,
-        txt: jax.Array,
-        vec: jax.Array,
-        *,
-        num_steps: int,
-        guidance: np.ndarray | None = None,
-        references: Sequence[jax.Array] = (),
-        negative: tuple[jax.Array, jax.Array] | None = None,
-        true_cfg_scale: np.ndarray | None = None,
-        numerics: Numerics = EXACT,
-        position_rule: latents.PositionRule = "index",
-        on_step: OnStep | None = None,
-    ) -> jax.Array:
-        """Clean latents from noise [B, h/8, w/8, Z].
-
-        Args:
-          txt, vec: features of the prompts, [B, T, context_in_dim] and [B, vec_in_dim].
-          guidance: float32 [B]; None for a model that takes none.
-          references: latents of each reference, [B, its h/8, its w/8, Z].
-          negative: txt and vec to guide away from, with true_cfg_scale float32 [B].
-
-        Raises:
-          FloatingPointError: the result is not finite.
-        """
-        params = self._load("mmdit")
-        model = MMDiT(self.bundle.components["mmdit"].config, dtype=self._compute_dtype)
-        _, latent_height, latent_width, _ = noise.shape
-        cond = conditioning.make_conditioning(
-            model.config,
-            txt,
-            vec,
-            latent_height=latent_height,
-            latent_width=latent_width,
-            references=references,
-            guidance=guidance,
-            position_rule=position_rule,
-            numerics=numerics,
-            dtype=self._compute_dtype,
-        )
-        x = latents.pack(noise)
-        mu = flow.timestep_mu(x.shape[1]) if self.preset.shift_timesteps else None
-        timesteps = flow.timestep_schedule(num_steps, mu)
-
-        def make_prepare():
-            def prepare(params, cond, negative, timesteps):
-                steps = prepare_steps(model, params, cond, timesteps, numerics)
-                if negative is None:
-                    return steps
-                cond = _with_text(cond, negative)
-                return steps, prepare_steps(model, params, cond, timesteps, numerics)
-
-            return prepare
-
-        def make_run():
-            def run(params, cond, negative, scale, x, timesteps, steps, start, stop):
-                velocity_fn = make_velocity_fn(model, params, cond)
-                if negative is not None:
-                    other = make_velocity_fn(model, params, _with_text(cond, negative))
-                    velocity_fn = guided_velocity_fn(velocity_fn, other, scale[:, None, None])
-                return euler_sample(
-                    velocity_fn,
-                    x,
-                    timesteps,
-                    steps,
-                    start=start,
-                    stop=stop,
-                    euler_dtype=numerics.euler_dtype,
-                )
-
-            return run
-
-        key = (model, numerics)
-        prepare = self._compile(("prepare", key), make_prepare, params, cond, negative, timesteps)
-        with self.timings.measure("denoise"):
-            steps = prepare(params, cond, negative, timesteps)
-        given = (params, cond, negative, true_cfg_scale)
-        bounds = np.int32(0), np.int32(num_steps)
-        run = self._compile(("run", key), make_run, *given, x, timesteps, steps, *bounds)
-        with self.timings.measure("denoise"):
-            if on_step is None:
-                x = run(*given, x, timesteps, steps, *bounds)
-            else:
-                for i in range(num_steps):
-                    # One step is always under way while the one before it is waited for.
-                    waited, x = x, run(*given, x, timesteps, steps, np.int32(i), np.int32(i + 1))
-                    waited.block_until_ready()
-                    if i:
-                        on_step(i, num_steps)
-                x.block_until_ready()
-                on_step(num_steps, num_steps)
-            x = self._finite(x, "denoised latents")
-        return latents.unpack(x, latent_height, latent_width)
-
-    def decode(self, x: jax.Array, numerics: Numerics = EXACT) -> np.ndarray:
-        """Picture float32 [B, h, w, 3], about [-1, 1], of latents [B, h/8, w/8, Z].
-
-        Raises:
-          FloatingPointError: the result is not finite.
-        """
-        vae, params = self._vae(numerics.vae_decode_dtype), self._load("vae")
-        x = x.astype(jnp.float32 if numerics.unscale_dtype == "float32" else self._compute_dtype)
-        if tile_px := self._tile_px(vae, *(side * vae.downsampling for side in x.shape[1:3])):
-            with self._precise(), self.timings.measure("decode"):
-                image = decode_tiled(vae, params, x, tile_px)
-        else:
-            program = self._compile(("decode", vae), lambda: _method(vae, "decode"), params, x)
-            with self.timings.measure("decode"):
-                image = np.asarray(program(params, x), np.float32)
-        return self._finite(image, "decoded picture")
-
-    # Helpers
-
-    def _tile_px(self, vae: VAE, height_px: int, width_px: int) -> int | None:
-        """Side of the autoencoder's tiles for a picture of this size; None for no tiles."""
-        if self._tiling != "auto":
-            return TILE_PX if self._tiling == "on" else None
-        stats = jax.devices()[0].memory_stats()
-        if not stats or "bytes_limit" not in stats:  # the CPU: tiles would lie in the same memory
-            return None
-        free = stats["bytes_limit"] - stats["bytes_in_use"]
-        needed = vae_peak_bytes(vae.config, height_px, width_px, vae.dtype)
-        return TILE_PX if needed > 0.9 * free else None
-
-    def _load(self, kind: str) -> Params:
-        """The weights of a network, read on first use."""
-        if kind not in self._params:
-            # The autoencoder is small and kept exact; each request's numerics cast it.
-            dtype = jnp.float32 if kind == "vae" else self._compute_dtype
-            with self.timings.measure("load"):
-                params = self.bundle.components[kind].load(dtype=dtype)
-                self._params[kind] = jax.block_until_ready(params)
-        return self._params[kind]
-
-    def _vae(self, dtype: Literal["float32", "compute"]) -> VAE:
-        config = self.bundle.components["vae"].config
-        return VAE(config, jnp.float32 if dtype == "float32" else self._compute_dtype)
-
-    def _precise(self):
-        """Products as precise as the dtype: left alone, accelerators round float32 inputs."""
-        return jax.default_matmul_precision("highest" if self.dtype == "float32" else None)
-
-    def _compile(self, key, make, *args):
-        with self._precise():
-            return self._executables.get(key, make, *args)
-
-    def _finite(self, x, what: str):
-        """`x`, once it is computed and found finite."""
-        finite = np.isfinite(np.asarray(x, np.float32)).all()
-        if not finite:
-            raise FloatingPointError(
-                f"the {what} hold NaN or infinity; the weights ({self.bundle.source}) or "
-                f"--dtype {self.dtype} do not suit this request"
-            )
-        return x
 
 
 def _prompts(prepared: PreparedRequest) -> tuple[str, ...]:
@@ -519,15 +272,6 @@ def _column(values) -> np.ndarray | None:
     """Float32 [B], or None if the values are."""
     values = list(values)
     return None if None in values else np.array(values, np.float32)
-
-
-def _with_text(cond: Conditioning, text: tuple[jax.Array, jax.Array]) -> Conditioning:
-    txt, vec = text
-    return cond.replace(txt=txt, vec=vec)
-
-
-def _method(module, name: str):
-    return lambda params, x: module.apply({"params": params}, x, method=name)
 
 
 def versions() -> dict[str, str]:

@@ -16,8 +16,9 @@ FLOORS = {
     1: ("ops", "latents", "flow", "tensor_files"),
     2: ("models", "images", "sizes", "tensor_writing"),
     3: ("conditioning", "sampler", "checkpoint", "requests"),
-    4: ("pipeline",),
-    5: ("runs",),
+    4: ("stages",),
+    5: ("pipeline",),
+    6: ("runs",),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 

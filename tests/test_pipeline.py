@@ -219,7 +219,7 @@ def test_bfloat16_is_near_float32(another, pipeline, picture):
 
 
 def test_tiles_do_not_show(another, pipeline, monkeypatch):
-    monkeypatch.setattr("kontext_jax.pipeline.TILE_PX", 32)
+    monkeypatch.setattr("kontext_jax.stages.TILE_PX", 32)
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
     tiled = another(tiling="on")
     whole = pipeline.encode_picture(pixels)
