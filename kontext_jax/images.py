@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -89,7 +90,7 @@ def load_picture(path: str | os.PathLike, name: str | None = None) -> Picture:
     with _opened(path, name) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
-            raise ValueError(_too_large(name, f"{width}×{height}"))
+            raise ValueError(_too_large(name, width * height))
         notes = []
         frames = getattr(image, "n_frames", 1)
         if frames > 1:
@@ -115,7 +116,9 @@ def _opened(path: Path, name: str) -> Iterator[Image.Image]:
             with Image.open(path, formats=FORMATS) as image:
                 yield image
     except Image.DecompressionBombError as error:
-        raise ValueError(_too_large(name, "more")) from error
+        # Pillow refuses before it says a size, but counts the pixels in its message.
+        counted = re.search(r"(\d+) pixels", str(error))
+        raise ValueError(_too_large(name, int(counted[1]) if counted else None)) from error
     except Image.UnidentifiedImageError as error:
         with path.open("rb") as file:
             head = file.read(16)
@@ -135,10 +138,11 @@ def _opened(path: Path, name: str) -> Iterator[Image.Image]:
         raise ValueError(f"image {name} is damaged: {error or type(error).__name__}") from error
 
 
-def _too_large(name: str, found: str) -> str:
+def _too_large(name: str, num_pixels: int | None) -> str:
+    found = "too many" if num_pixels is None else f"{num_pixels:,}"
     return (
-        f"image {name} has {found} pixels, above the limit of {MAX_PIXELS:,} that guards against "
-        "decompression bombs; make it smaller first"
+        f"image {name} has {found} pixels; the limit that guards against decompression bombs is "
+        f"{MAX_PIXELS:,}: make it smaller first"
     )
 
 
