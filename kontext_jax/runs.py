@@ -80,9 +80,9 @@ class StepLine:
     def __call__(self, done: int, num_steps: int) -> None:
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        bar = "━" * (24 * done // num_steps)
-        left = (num_steps - done) * seconds
-        text = f"  {bar:<24} step {done}/{num_steps}  {seconds:.2f} s a step, {left:.0f} s left"
+        text = f"  {'━' * (24 * done // num_steps):<24} step {done}/{num_steps}"
+        if done:  # what came before the first step was compiling
+            text += f"  {seconds:.2f} s a step, {(num_steps - done) * seconds:.0f} s left"
         self._stream.write(f"\r{text:<78}" if done < num_steps else f"\r{'':<78}\r")
         self._stream.flush()
 

@@ -27,7 +27,7 @@ TILE_PX = 512
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 OnStep = Callable[[int, int], None]
-"""`on_step(done, num_steps)`, called when a step's result exists."""
+"""`on_step(done, num_steps)`, called as the run begins (done 0) and when a step's result exists."""
 
 
 class Stages:
@@ -200,8 +200,7 @@ class Stages:
                     # One step is always under way while the one before it is waited for.
                     waited, x = x, run(*given, x, timesteps, steps, np.int32(i), np.int32(i + 1))
                     waited.block_until_ready()
-                    if i:
-                        on_step(i, num_steps)
+                    on_step(i, num_steps)
                 x.block_until_ready()
                 on_step(num_steps, num_steps)
             x = self._finite(x, "denoised latents")

@@ -167,7 +167,7 @@ def test_one_step_at_a_time_equals_the_whole_run(pipeline, picture):
     seen = []
     steps = made(pipeline, one, on_step=lambda done, of: seen.append((done, of)))
     np.testing.assert_array_equal(steps[0, 0, 0], made(pipeline, one)[0, 0, 0])
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
 
 
 def test_a_further_turn_edits_the_latents_of_the_turn_before(pipeline, picture, monkeypatch):

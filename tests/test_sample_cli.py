@@ -251,8 +251,9 @@ def test_ctrl_c_ends_quietly(cli, sample, monkeypatch):
 def test_the_step_line_ends_by_clearing_itself():
     stream = io.StringIO()
     line = runs.StepLine(stream)
-    for done in (1, 2, 3):
+    for done in (0, 1, 2, 3):
         line(done, 3)
     shown = stream.getvalue().split("\r")
-    assert "step 1/3" in shown[1] and "step 2/3" in shown[2] and "s a step" in shown[2]
+    assert "step 0/3" in shown[1] and "s a step" not in shown[1]
+    assert "step 1/3" in shown[2] and "step 2/3" in shown[3] and "s a step" in shown[3]
     assert shown[-1] == "" and shown[-2].strip() == "" and len(shown[-2]) == len(shown[1])
