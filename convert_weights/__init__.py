@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convert_weights.io import NonFiniteError, open_components
-from convert_weights.layouts import Config
 from convert_weights.rules import WeightMismatchError
 from convert_weights.sources import open_foreign_bundle
 from kontext_jax.checkpoint import as_dtype
+from kontext_jax.models.presets import Config
 from kontext_jax.tensor_files import TensorFileError, unflatten
 
 if TYPE_CHECKING:

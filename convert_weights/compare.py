@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from convert_weights.io import AnyComponent, ForeignComponent, OwnComponent, iterate_slices
-from convert_weights.layouts import KINDS, TITLES, guess_preset
+from convert_weights.layouts import TITLES, guess_preset
 from convert_weights.rules import WeightMismatchError, difference_lines
 from convert_weights.sources import naming_hints, resolve
 from convert_weights.to_jax import Advance, gather
 from kontext_jax import checkpoint
+from kontext_jax.checkpoint import KINDS
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.tensor_files import dtype_name
 

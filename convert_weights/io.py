@@ -16,7 +16,6 @@ import numpy as np
 from convert_weights.layouts import (
     QUANTISED_SUFFIXES,
     TITLES,
-    Config,
     checked_config,
     infer_config,
     read_foreign_config,
@@ -25,6 +24,7 @@ from convert_weights.layouts import (
 from convert_weights.rules import Move, Plan, WeightMismatchError, difference_lines, make_plan
 from convert_weights.tables import TABLES
 from kontext_jax import checkpoint
+from kontext_jax.models.presets import Config
 from kontext_jax.tensor_files import (
     DTYPES,
     FLOAT_DTYPES,

@@ -18,13 +18,14 @@ from convert_weights.tables import TABLES
 from kontext_jax.models.presets import (
     PRESETS,
     CLIPConfig,
+    Config,
     MMDiTConfig,
     Preset,
     T5Config,
     VAEConfig,
+    config_from_json,
 )
 
-KINDS = ("mmdit", "vae", "t5", "clip")
 TITLES = {
     "mmdit": "FLUX transformer",
     "vae": "autoencoder",
@@ -43,8 +44,6 @@ QUANTISED_SUFFIXES = (
     ".comfy_quant",
 )
 
-Config = MMDiTConfig | VAEConfig | T5Config | CLIPConfig
-CONFIG_CLASSES = {"mmdit": MMDiTConfig, "vae": VAEConfig, "t5": T5Config, "clip": CLIPConfig}
 Shapes = Mapping[str, tuple[int, ...]]
 
 # Names that every file of that kind and naming has, and no other kind.
@@ -130,14 +129,6 @@ def _naming(kind: str, names: Mapping[str, str]) -> str | None:
     return None
 
 
-def config_to_json(config: Config) -> dict[str, Any]:
-    """The dataclass as plain JSON values."""
-    return {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in dataclasses.asdict(config).items()
-    }
-
-
 def infer_config(
     kind: str,
     naming: str,
@@ -164,7 +155,7 @@ def infer_config(
         except (ValueError, KeyError, TypeError, RecursionError):
             noted = None  # a note for another component, or none of ours
         if isinstance(noted, dict):
-            return config_from_json(kind, noted, where)
+            return noted_config(kind, noted, where)
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in shapes:
@@ -188,16 +179,14 @@ def infer_config(
         ) from None
 
 
-def config_from_json(kind: str, values: Mapping[str, Any], where: str) -> Config:
-    """The dataclass from `config_to_json`'s values.
+def noted_config(kind: str, values: Mapping[str, Any], where: str) -> Config:
+    """The config whose fields are `values`, as JSON stores them.
 
     Raises:
       WeightMismatchError: they are not those of one.
     """
     try:
-        config = CONFIG_CLASSES[kind](
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        )
+        config = config_from_json(kind, values)
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise WeightMismatchError(f"{where}: not a config of a {TITLES[kind]}: {error}") from None
     return checked_config(kind, config, where)
@@ -312,7 +301,7 @@ def _infer_mmdit(
         values["in_channels"] = foreign.get("in_channels", 64)
         values["out_channels"] = foreign.get("out_channels") or values["in_channels"]
         values["hidden_size"] = values["num_heads"] * foreign.get("attention_head_dim", 128)
-    return config_from_json("mmdit", values, where)
+    return noted_config("mmdit", values, where)
 
 
 def _infer_vae(

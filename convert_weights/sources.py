@@ -20,10 +20,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from convert_weights.io import ForeignComponent, open_components
-from convert_weights.layouts import KINDS, TITLES, guess_preset, preset_for, read_json_object
+from convert_weights.layouts import TITLES, guess_preset, preset_for, read_json_object
 from convert_weights.rules import WeightMismatchError
 from convert_weights.scheduler import read_shift_timesteps
 from kontext_jax import checkpoint
+from kontext_jax.checkpoint import KINDS
 from kontext_jax.models.presets import Preset
 
 PLACES = {

@@ -16,7 +16,7 @@ from convert_weights.io import (
     ThreadScratch,
     open_components,
 )
-from convert_weights.layouts import KINDS, TITLES
+from convert_weights.layouts import TITLES
 from convert_weights.rules import WeightMismatchError
 from convert_weights.sources import (
     ModelSource,
@@ -27,6 +27,7 @@ from convert_weights.sources import (
     tokenizer_kind,
 )
 from kontext_jax import checkpoint
+from kontext_jax.checkpoint import KINDS
 from kontext_jax.tensor_files import TensorFileError, TensorInfo, dtype_name, find_safetensors
 from kontext_jax.tensor_writing import SafetensorsWriter, write_folder, write_json
 

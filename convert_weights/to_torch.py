@@ -13,15 +13,13 @@ from convert_weights.io import OwnComponent, ThreadScratch, lossless_dtype
 from convert_weights.layouts import (
     CONFIG_KEY,
     TITLES,
-    Config,
-    config_to_json,
     preset_for,
 )
 from convert_weights.rules import Plan, WeightMismatchError, make_plan, natural_key
 from convert_weights.tables import TABLES, clip
 from convert_weights.to_jax import Advance, Summary, copy_tokenizer, require_room, run_jobs
 from kontext_jax import checkpoint
-from kontext_jax.models.presets import CLIPConfig, MMDiTConfig, Preset, T5Config, VAEConfig
+from kontext_jax.models.presets import CLIPConfig, Config, MMDiTConfig, Preset, T5Config, VAEConfig
 from kontext_jax.tensor_files import TensorInfo, dtype_name
 from kontext_jax.tensor_writing import ShardedWriter, write_folder, write_json
 
@@ -143,7 +141,7 @@ class _Job:
             name = preset.name if preset else "unknown"
             stem = "ae" if kind == "vae" else BFL_NAMES.get(name, f"flux1-{name}")
             # BFL's files have no config.json beside them: what shapes cannot tell goes in here.
-            metadata[CONFIG_KEY] = json.dumps({kind: config_to_json(config)})
+            metadata[CONFIG_KEY] = json.dumps({kind: dataclasses.asdict(config)})
             max_shard_bytes = max(1, sum(info.nbytes for info in self.targets.values()))
         else:
             folder = folder / FOLDERS[kind]

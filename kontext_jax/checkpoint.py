@@ -16,14 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kontext_jax.models.presets import (
-    PRESETS,
-    CLIPConfig,
-    MMDiTConfig,
-    Preset,
-    T5Config,
-    VAEConfig,
-)
+from kontext_jax.models.presets import CONFIG_CLASSES, PRESETS, Config, Preset, config_from_json
 from kontext_jax.tensor_files import (
     SafetensorsFile,
     TensorFileError,
@@ -43,12 +36,9 @@ if TYPE_CHECKING:  # converting and inspecting weights must not wait for jax to 
 
 FORMAT = 1
 MANIFEST = "kontext_jax.json"
-CONFIG_CLASSES = {"mmdit": MMDiTConfig, "vae": VAEConfig, "t5": T5Config, "clip": CLIPConfig}
 KINDS = tuple(CONFIG_CLASSES)
 TOKENIZERS = ("t5", "clip")
 ASSETS = Path(__file__).parent / "assets"
-
-Config = MMDiTConfig | VAEConfig | T5Config | CLIPConfig
 
 
 @dataclasses.dataclass
@@ -131,8 +121,7 @@ def read_config(directory: str | Path, kind: str) -> Config:
         stored = json.loads(path.read_text("utf-8"))
         if stored["kind"] != kind:
             raise ValueError(f"it describes a {stored['kind']}")
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["config"].items()}
-        return CONFIG_CLASSES[kind](**values)
+        return config_from_json(kind, stored["config"])
     except (
         OSError,
         ValueError,

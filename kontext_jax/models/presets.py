@@ -5,7 +5,8 @@ defaults of the published command lines (BFL `cli*.py`, and `util.py` for the si
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,16 @@ class CLIPConfig:
     eos_token_id: int = (
         2  # 2: legacy pooling, at the highest token id; otherwise at the first such id
     )
+
+
+Config = MMDiTConfig | VAEConfig | T5Config | CLIPConfig
+CONFIG_CLASSES = {"mmdit": MMDiTConfig, "vae": VAEConfig, "t5": T5Config, "clip": CLIPConfig}
+
+
+def config_from_json(kind: str, values: Mapping[str, Any]) -> Config:
+    """The config of a network from its fields as JSON stores them, tuples as lists."""
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return CONFIG_CLASSES[kind](**values)
 
 
 @dataclasses.dataclass(frozen=True)
