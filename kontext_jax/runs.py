@@ -54,15 +54,18 @@ def picture_paths(base: Path, request: SampleRequest) -> list[Path]:
     ]
 
 
-def check_outputs(base: Path, request: SampleRequest) -> list[Path]:
+def check_outputs(base: Path, request: SampleRequest, folder: Path | None = None) -> list[Path]:
     """The paths of all pictures, each found to be writable and to be no input.
+
+    Args:
+      folder: what names of images are relative to; None for the working directory.
 
     Raises:
       ValueError: one is not.
     """
     images.check_writable(base)
     paths = picture_paths(base, request)
-    inputs = {find_image(name).resolve() for name in request.images}
+    inputs = {find_image(name, folder).resolve() for name in request.images}
     for path in paths:
         images.check_writable(path)
         if path.resolve() in inputs:
@@ -146,12 +149,7 @@ def run_jobs(
             if job.error is not None:
                 raise ValueError(job.error)
             base = output_folder / job.output
-            names = tuple(
-                name if name.startswith("example:") else str(folder / name)
-                for name in job.request.images
-            )
-            check_outputs(base, dataclasses.replace(job.request, images=names))
-            paths = picture_paths(base, job.request)
+            paths = check_outputs(base, job.request, folder)
             if clash := next((path for path in paths if path in taken), None):
                 raise ValueError(f"output {clash} is also written by line {taken[clash]}")
             request = prepare(job.request, pipeline.preset, folder)
