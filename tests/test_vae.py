@@ -10,6 +10,7 @@ import pytest
 from kontext_jax.models import vae as vae_module
 from kontext_jax.models.presets import VAEConfig
 from kontext_jax.models.vae import VAE, Conv, Downsample, GroupNorm, Upsample, group_moments
+from tests.vae_helpers import random_params
 
 SMALL = VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=4)
 
@@ -17,16 +18,7 @@ SMALL = VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=4)
 @pytest.fixture(scope="module")
 def small():
     vae = VAE(SMALL)
-    shapes = jax.eval_shape(vae.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):  # biases and norms away from zeros and ones, so that they count
-        noise = rng.standard_normal(leaf.shape).astype(np.float32)
-        if path[-1].key == "kernel":
-            return noise / np.sqrt(np.prod(leaf.shape[:-1]), dtype=np.float32)
-        return 0.1 * noise + (path[-1].key == "scale")
-
-    return vae, {"params": jax.tree.map_with_path(draw, shapes)}
+    return vae, {"params": random_params(vae)}
 
 
 def image(height=16, width=24, batch=1, seed=2):

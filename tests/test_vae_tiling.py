@@ -12,6 +12,7 @@ from kontext_jax.models import vae_tiling
 from kontext_jax.models.presets import VAEConfig
 from kontext_jax.models.vae import VAE
 from kontext_jax.models.vae_tiling import decode_tiled, encode_tiled, vae_peak_bytes
+from tests.vae_helpers import random_params
 
 SMALL = VAEConfig(ch=8, ch_mult=(1, 2), num_res_blocks=1, z_channels=4, norm_groups=4)
 EIGHTFOLD = VAEConfig(ch=8, ch_mult=(1, 1, 2, 2), num_res_blocks=1, z_channels=8, norm_groups=4)
@@ -21,19 +22,6 @@ EIGHTFOLD = VAEConfig(ch=8, ch_mult=(1, 1, 2, 2), num_res_blocks=1, z_channels=8
 def full_precision():
     with jax.default_matmul_precision("highest"):
         yield
-
-
-def random_params(vae):
-    shapes = jax.eval_shape(vae.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):  # biases and norms away from zeros and ones, so that they count
-        noise = rng.standard_normal(leaf.shape).astype(np.float32)
-        if path[-1].key == "kernel":
-            return noise / np.sqrt(np.prod(leaf.shape[:-1]), dtype=np.float32)
-        return 0.1 * noise + (path[-1].key == "scale")
-
-    return jax.tree.map_with_path(draw, shapes)
 
 
 @pytest.fixture(scope="module")
