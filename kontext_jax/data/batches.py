@@ -1,0 +1,59 @@
+"""What the training loop takes its examples from.
+
+A batch is one process's share of the global batch of one step. Every process gets the same kind at
+the same step: the same number of references, and pictures of the same sizes.
+"""
+
+import dataclasses
+from typing import Any, Protocol
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageBatch:
+    """Pictures and prompts of one process, on the host.
+
+    Attributes:
+      ids: sample ids, B of them.
+      target: uint8 [B, height, width, 3].
+      contexts: references in order, each uint8 [B, height, width, 3]; empty for text
+        to image.
+      prompts: instructions, or captions without references.
+    """
+
+    ids: tuple[str, ...]
+    target: np.ndarray
+    contexts: tuple[np.ndarray, ...]
+    prompts: tuple[str, ...]
+
+
+class Batches(Protocol):
+    """An endless, resumable stream of batches.
+
+    Attributes:
+      counts: how often what happened since the start of the run, by its name, for the log: examples
+        skipped by reason, filtered, epochs begun.
+    """
+
+    counts: dict[str, int]
+
+    def __iter__(self) -> "Batches": ...
+
+    def __next__(self) -> Any:
+        """This process's part of the next global batch: an `ImageBatch` or an `EncodedBatch`."""
+
+    def state(self) -> dict[str, Any]:
+        """The position as small JSON, the same on every process."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes to `state`: the next batch is the one that the run it comes from would have got.
+
+        The number of processes may differ from that run's; the global batches are the same.
+
+        Raises:
+          ValueError: the state belongs to other data or to other options that decide the order.
+        """
+
+    def close(self) -> None:
+        """Ends threads and worker processes."""
