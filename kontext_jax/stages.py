@@ -21,6 +21,7 @@ from kontext_jax.models.vae import VAE
 from kontext_jax.models.vae_tiling import decode_tiled, encode_tiled, vae_peak_bytes
 from kontext_jax.numerics import EXACT, Numerics
 from kontext_jax.sampler import euler_sample, guided_velocity_fn
+from kontext_jax.tokenizing import Tokenizers
 from kontext_jax.types import Params
 
 TILE_PX = 512
@@ -63,7 +64,7 @@ class Stages:
         self._tell = tell
         self._executables = Executables(self.timings)
         self._params: dict[str, Params] = {}
-        self._tokenizers: conditioning.Tokenizers | None = None
+        self._tokenizers: Tokenizers | None = None
 
     def encode_text(self, prompt: str, mask: bool = False) -> tuple[jax.Array, jax.Array]:
         """T5 features [1, T, context_in_dim] and pooled CLIP features [1, vec_in_dim] of a prompt.
@@ -75,7 +76,7 @@ class Stages:
         clip_config = self.bundle.components["clip"].config
         with self.timings.measure("load"):
             if self._tokenizers is None:
-                tokenizers = conditioning.Tokenizers(**self.bundle.tokenizer_dirs)
+                tokenizers = Tokenizers(**self.bundle.tokenizer_dirs)
                 tokenizers.check_fit(t5_config, clip_config)
                 self._tokenizers = tokenizers
         ids, notices = self._tokenizers.tokenize([prompt], self.preset.max_text_tokens)

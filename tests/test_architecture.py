@@ -14,7 +14,7 @@ ENTRY_POINTS = {"sample.py", "train.py"}
 FLOORS = {
     0: ("types", "numerics", "compiling"),
     1: ("ops", "latents", "flow", "tensor_files"),
-    2: ("models", "images", "sizes", "tensor_writing", "data"),
+    2: ("models", "tokenizing", "images", "sizes", "tensor_writing", "data"),
     3: ("conditioning", "sampler", "checkpoint", "requests"),
     4: ("stages",),
     5: ("pipeline",),

@@ -9,11 +9,12 @@ from shared_cases import Call
 from shared_drivers import denoise_trajectory, pe_of, to_nchw, to_nhwc
 
 from convert_weights import open_foreign_bundle
-from kontext_jax import conditioning, flow, images, latents
+from kontext_jax import flow, images, latents
 from kontext_jax.models.mmdit import Conditioning, MMDiT
 from kontext_jax.numerics import DIFFUSERS, Numerics
 from kontext_jax.pipeline import Pipeline
 from kontext_jax.sizes import SizePlan, plan_sizes
+from kontext_jax.tokenizing import Tokenizers
 
 DEFAULT_MAX_AREA = 1024**2
 DEFAULT_TEXT_TOKENS = 512
@@ -141,7 +142,7 @@ def pipeline(call: Call) -> dict:
     assert list(sizes.output) == call.spec["target_size"]
 
     if (expected_ids := call.spec.get("tokenizer_ids")) is not None:
-        tokenizers = conditioning.Tokenizers(**ours.bundle.tokenizer_dirs)
+        tokenizers = Tokenizers(**ours.bundle.tokenizer_dirs)
         ids, _ = tokenizers.tokenize([arguments["prompt"]], arguments["max_sequence_length"])
         assert ids.t5.tolist() == expected_ids["t5_input_ids"]
         assert ids.clip.tolist() == expected_ids["clip_input_ids"]
