@@ -76,7 +76,15 @@ class Dense(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, tuple(self.features))
             y = y + bias.astype(self.dtype)
+        if self.has_variable("lora", "a"):
+            y = y + low_rank_path(self, x.astype(self.dtype), self.num_in_axes)
         return y
+
+
+def low_rank_path(module: nn.Module, x: jax.Array, num_axes: int = 1) -> jax.Array:
+    """x · a · b of the adapter that the collection "lora" holds for a module (`models/lora.py`)."""
+    a, b = (module.get_variable("lora", name).astype(x.dtype) for name in ("a", "b"))
+    return matmul(matmul(x, a, num_axes), b)
 
 
 class RMSNorm(nn.Module):
@@ -173,9 +181,14 @@ class Modulation(nn.Module):
         kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
         if self.num_layers is None:
             out = matmul(rows, kernel) + bias
+            if self.has_variable("lora", "a"):
+                out = out + low_rank_path(self, rows)
         else:
             # The layer is a batch axis of both factors. If the rows lacked it, XLA would first move
             # the contracted axis of the whole stack of kernels to the front: a copy of gigabytes.
             rows = jnp.broadcast_to(rows, (self.num_layers, *rows.shape))
             out = jax.vmap(matmul, out_axes=1)(rows, kernel) + bias
+            if self.has_variable("lora", "a"):
+                a, b = (self.get_variable("lora", name).astype(self.dtype) for name in ("a", "b"))
+                out = out + jax.vmap(matmul, out_axes=1)(jax.vmap(matmul)(rows, a), b)
         return out.reshape(*vec.shape[:-1], *out.shape[1:])

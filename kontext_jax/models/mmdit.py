@@ -193,7 +193,7 @@ class MMDiT(nn.Module):
             block = nn.remat(block, prevent_cse=False)
         return nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
             in_axes=(1,) * num_scanned + (nn.broadcast,),
             length=length,
@@ -304,13 +304,18 @@ class Conditioning:
     pe: jax.Array  # [2, S, Dh/2] or [B, 2, S, Dh/2] for text, target and references, in this order
 
 
-def make_velocity_fn(model: MMDiT, params: Params, cond: Conditioning) -> VelocityFn:
+def make_velocity_fn(
+    model: MMDiT, params: Params, cond: Conditioning, lora: Params | None = None
+) -> VelocityFn:
     """The network as a function of target tokens and time alone.
 
     References are put after the target on the sequence axis and their predictions cut off. The
     step input is one entry of `prepare_steps`; None computes the modulation from t, unrounded.
+
+    Args:
+      lora: adapters to apply beside the parameters, of `models.lora.scaled`.
     """
-    variables = {"params": params}
+    variables = {"params": params} | ({} if lora is None else {"lora": lora})
 
     def velocity_fn(x_t, t, step_input):
         if step_input is None:
