@@ -12,10 +12,10 @@ ENTRY_POINTS = {"sample.py", "train.py"}
 
 # Rooms from the ground up; a room imports from rooms on lower floors, or on its own.
 FLOORS = {
-    0: ("types", "numerics", "compiling"),
+    0: ("types", "numerics", "compiling", "sharding"),
     1: ("ops", "latents", "flow", "tensor_files"),
-    2: ("models", "tokenizing", "images", "sizes", "tensor_writing", "data"),
-    3: ("conditioning", "sampler", "checkpoint", "requests"),
+    2: ("models", "tokenizing", "images", "sizes", "tensor_writing", "data", "train_state"),
+    3: ("conditioning", "sampler", "checkpoint", "requests", "objectives", "optimizer"),
     4: ("stages",),
     5: ("pipeline",),
     6: ("runs",),

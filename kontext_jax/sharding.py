@@ -1,0 +1,342 @@
+"""Meshes, and which axis of every array lies over which axis of the mesh.
+
+    slice    TPU slices, or groups of hosts, joined by a slow network; parameters are copied
+    data     groups of devices that hold all parameters between them; the batch is split
+    fsdp     parameters, optimizer and EMA are split, gathered layer by layer; the batch is split
+    tensor   heads and MLP channels are split; the batch is copied
+
+Axes of arrays have logical names, and two tables hold all decisions: `PARAMETER_AXES` names the
+axes of a parameter by its path, `MESH_AXES` says where a logical axis lies. Models name the axes of
+activations with `constrain`, which does nothing outside `activation_rules`.
+
+Optimizer moments and EMA copies follow their parameter, since a path is matched at its end. Where
+an axis is not divisible by its part of the mesh, a parameter below `SMALL_PARAMETER` elements is
+copied along it; a larger one moves that part of the mesh to the last of its other axes that is
+divisible, and without one it is an error.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("slice", "data", "fsdp", "tensor")
+BATCH_AXES = ("slice", "data", "fsdp")
+SMALL_PARAMETER = 2**20  # elements
+
+# Logical axis → mesh axes it lies over. An axis of a mesh that lacks them is not split.
+MESH_AXES: dict[str, tuple[str, ...]] = {
+    # activations
+    "batch": BATCH_AXES,
+    "tokens": (),
+    "width": (),
+    # activations and parameters
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "head_dim": (),
+    # parameters
+    "embed": ("fsdp",),
+    "layers": (),
+    "chunks": (),
+    "modulated": ("tensor",),
+    "features": (),
+    "rank": (),
+}
+
+# End of a parameter's path → logical names of its axes; () is copied to every device. First match.
+PARAMETER_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    # MMDiT
+    (r"(img|txt)_in/kernel", ("features", "embed")),
+    (r"(time|guidance|vector)_in/in_layer/kernel", ("features", "embed")),
+    (r"(time|guidance|vector)_in/out_layer/kernel", ("embed", "width")),
+    (r"(double_mod/(img|txt)|single_mod)/kernel", ("layers", "embed", "chunks", "modulated")),
+    (r"final_mod/kernel", ("embed", "chunks", "modulated")),
+    (
+        r"(double_blocks/(img|txt)_attn|single_blocks)/[qkv]/kernel",
+        ("layers", "embed", "heads", "head_dim"),
+    ),
+    (r"(double_blocks/(img|txt)_attn|single_blocks)/[qkv]/bias", ("layers", "heads", "head_dim")),
+    (r"double_blocks/(img|txt)_attn/proj/kernel", ("layers", "heads", "head_dim", "embed")),
+    (r"single_blocks/attn_out/kernel", ("layers", "heads", "head_dim", "embed")),
+    (
+        r"(double_blocks/(img|txt)_mlp/in_layer|single_blocks/mlp_in)/kernel",
+        ("layers", "embed", "mlp"),
+    ),
+    (r"(double_blocks/(img|txt)_mlp/in_layer|single_blocks/mlp_in)/bias", ("layers", "mlp")),
+    (
+        r"(double_blocks/(img|txt)_mlp/out_layer|single_blocks/mlp_out)/kernel",
+        ("layers", "mlp", "embed"),
+    ),
+    (r"final_layer/kernel", ("embed", "features")),
+    # T5
+    (r"shared/embedding", ("features", "embed")),
+    (r"blocks/[qkv]/kernel", ("layers", "embed", "heads", "head_dim")),
+    (r"blocks/o/kernel", ("layers", "heads", "head_dim", "embed")),
+    (r"blocks/wi_[01]/kernel", ("layers", "embed", "mlp")),
+    (r"blocks/wo/kernel", ("layers", "mlp", "embed")),
+    (r"relative_attention_bias/embedding", ()),
+    # CLIP and the autoencoder are small (0.12 and 0.08 billion): gathering them would cost more
+    # than it saves.
+    (r"(token_embedding|position_embedding)/embedding", ()),
+    (r"blocks/([qkv]_proj|out_proj|fc1|fc2)/(kernel|bias)", ()),
+    (r"(encoder|decoder)/.*(kernel|bias|scale)", ()),
+    # Other biases and scales of norms: a few million in all, and a gather for each would be slow.
+    (r"(bias|scale)", ()),
+)
+_PARAMETER_PATTERNS = tuple(
+    (re.compile(rf"(?:^|.*/){pattern}$"), axes) for pattern, axes in PARAMETER_AXES
+)
+
+# Fields of a batch that every example shares: name → rank of the shared form.
+SHARED_FIELDS = {"pe": 3, "null_txt": 2, "null_vec": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; -1, on one axis at most, takes what is left."""
+
+    slices: int = 1
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        if any(size != -1 and size < 1 for size in sizes.values()):
+            raise ValueError(f"mesh sizes must be positive, or -1 for the rest; found {sizes}")
+        if list(sizes.values()).count(-1) > 1:
+            raise ValueError(f"only one mesh size may be -1, found {sizes}")
+
+
+def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int]:
+    """Sizes in the order of `AXES`, with -1 resolved.
+
+    Raises:
+      ValueError: if the sizes do not multiply to the number of devices.
+    """
+    sizes = dataclasses.astuple(config)
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and num_devices % known == 0:
+        sizes = tuple(num_devices // known if size == -1 else size for size in sizes)
+    if math.prod(sizes) != num_devices:
+        asked = " × ".join(f"{k} {v}" for k, v in dataclasses.asdict(config).items())
+        raise ValueError(
+            f"the mesh {asked} does not fit {num_devices} devices; change --config.mesh so that "
+            f"the product is {num_devices} (one size may be -1, for the rest)"
+        )
+    return sizes
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over all devices, neighbours on the fast network along its later axes.
+
+    Args:
+      devices: of this run; None for `jax.devices()`. With `slices` > 1 on devices that do not know
+        their slice (all but TPUs), consecutive devices make a slice.
+
+    Raises:
+      ValueError: if the sizes do not multiply to the number of devices, or `slices` is not the
+        number of TPU slices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = mesh_shape(config, len(devices))
+    num_slices = shape[0]
+    found = len({getattr(device, "slice_index", None) for device in devices})
+    if found > 1 and found != num_slices:
+        raise ValueError(
+            f"the devices belong to {found} TPU slices, but mesh.slices is {num_slices}; set "
+            f"--config.mesh.slices={found}"
+        )
+    if found > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (1, *shape[1:]), (num_slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
+    elif num_slices > 1:
+        grid = np.asarray(devices).reshape(shape)
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def activation_rules(mesh: Mesh):
+    """Context in which programs are traced so that `constrain` and attention see the mesh."""
+    return jax.set_mesh(mesh)
+
+
+def _split(mesh: Mesh, name: str | None, size: int) -> tuple[str, ...]:
+    """The mesh axes for a logical axis of this size: the longest leading part that divides it."""
+    axes = tuple(a for a in MESH_AXES[name] if mesh.shape.get(a, 1) > 1) if name else ()
+    while axes and size % math.prod(mesh.shape[a] for a in axes):
+        axes = axes[:-1]
+    return axes
+
+
+def activation_spec(shape: Sequence[int], names: Sequence[str | None]) -> PartitionSpec | None:
+    """Where an activation lies on the mesh that is active while tracing; None without a mesh.
+
+    An axis that its part of the mesh does not divide is split less, or not at all: a single example
+    of an initialisation goes through the same network.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return None
+    if len(shape) != len(names):
+        raise ValueError(f"{len(names)} logical axes {tuple(names)} for an array of shape {shape}")
+    return PartitionSpec(
+        *(_split(mesh, name, size) or None for name, size in zip(names, shape, strict=True))
+    )
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """x, pinned to where its logical axes lie; x itself where no mesh is active."""
+    spec = activation_spec(x.shape, names)
+    return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A pytree path as "opt_state/0/mu/img_in/kernel"."""
+    return "/".join(
+        str(next(getattr(key, k) for k in ("key", "name", "idx") if hasattr(key, k)))
+        for key in path
+    )
+
+
+def parameter_axes(path: str) -> tuple[str, ...] | None:
+    """Logical axes of the parameter at the end of a path, () if it is copied, None if unknown."""
+    return next((axes for pattern, axes in _PARAMETER_PATTERNS if pattern.match(path)), None)
+
+
+def parameter_spec(mesh: Mesh, path: str, shape: Sequence[int]) -> PartitionSpec:
+    """Where a parameter, or anything that has its path and shape, lies.
+
+    Raises:
+      ValueError: for a large array that no rule names, or that cannot be split as its rule says.
+    """
+    names = parameter_axes(path)
+    is_small = math.prod(shape) < SMALL_PARAMETER
+    if names is None or (names and len(names) != len(shape)):
+        if is_small:
+            return PartitionSpec()
+        rule = "no rule" if names is None else f"the rule {names}"
+        raise ValueError(
+            f"{path} with shape {tuple(shape)} matches {rule} of PARAMETER_AXES in "
+            "kontext_jax/sharding.py; add one that names its axes, or () to copy it everywhere"
+        )
+    spec = [_split(mesh, name, size) for name, size in zip(names, shape, strict=False)]
+    for name in names:
+        wanted = tuple(a for a in MESH_AXES[name] if mesh.shape.get(a, 1) > 1)
+        if is_small or not wanted or any(set(wanted) <= set(axes) for axes in spec):
+            continue
+        parts = math.prod(mesh.shape[a] for a in wanted)
+        others = [i for i, size in enumerate(shape) if not spec[i] and size % parts == 0]
+        if not others:
+            raise ValueError(
+                f"{path} with shape {tuple(shape)} has no free axis that is divisible by "
+                f"{' × '.join(wanted)} = {parts}; change --config.mesh.{wanted[-1]}"
+            )
+        spec[others[-1]] = wanted
+    return PartitionSpec(*(axes or None for axes in spec))
+
+
+def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
+    """A NamedSharding for each leaf of a tree that contains trees of parameters.
+
+    Args:
+      abstract_state: anything with shapes: parameters of any network, or a training state, whose
+        optimizer moments and EMA follow their parameter. Scalars and small unknowns are copied.
+
+    Raises:
+      ValueError: as `parameter_spec`.
+    """
+    return jax.tree.map_with_path(
+        lambda path, leaf: NamedSharding(mesh, parameter_spec(mesh, path_name(path), leaf.shape)),
+        abstract_state,
+    )
+
+
+def num_batch_shards(mesh: Mesh) -> int:
+    """Parts into which a batch is split."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
+
+
+def _is_shared(path: Sequence[Any], leaf: Any) -> bool:
+    name = path_name(path[-1:])
+    return leaf.ndim == 0 or SHARED_FIELDS.get(name) == leaf.ndim
+
+
+def _batch_sharding(mesh: Mesh, is_shared: bool) -> NamedSharding:
+    axes = tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
+    return NamedSharding(mesh, PartitionSpec() if is_shared else PartitionSpec(axes))
+
+
+def batch_shardings(mesh: Mesh, abstract_batch: Any) -> Any:
+    """Axis 0 of every leaf over slice, data and fsdp; what all examples share is copied.
+
+    Raises:
+      ValueError: if the (global) batch is not divisible by the devices it is split over.
+    """
+    parts = num_batch_shards(mesh)
+
+    def choose(path, leaf):
+        is_shared = _is_shared(path, leaf)
+        if not is_shared and leaf.shape[0] % parts:
+            raise ValueError(
+                f"{path_name(path)}: a global batch of {leaf.shape[0]} is not divisible by slice × "
+                f"data × fsdp = {parts}; change --config.batch_size or --config.mesh"
+            )
+        return _batch_sharding(mesh, is_shared)
+
+    return jax.tree.map_with_path(choose, abstract_batch)
+
+
+def process_share(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): which of how many equal parts of a global batch this process must bring.
+
+    Processes whose devices differ only along `tensor` bring the same part.
+
+    Raises:
+      ValueError: if this process's devices do not hold one whole part.
+    """
+    parts = num_batch_shards(mesh)
+    where = _batch_sharding(mesh, False).devices_indices_map((parts,))
+    process = jax.process_index()
+    mine = sorted({i[0].start or 0 for d, i in where.items() if d.process_index == process})
+    count = parts // len(mine) if mine else 0
+    if not mine or parts % len(mine) or mine != list(range(mine[0], mine[0] + len(mine))):
+        raise ValueError(
+            f"process {process} holds the parts {mine} of a batch split in {parts}, which are not "
+            "one contiguous share; change --config.mesh"
+        )
+    return mine[0] // len(mine), count
+
+
+def shard_batch(mesh: Mesh, host_batch: Any) -> Any:
+    """Global arrays on the devices, from this process's share of a batch (`process_share`).
+
+    Shared fields must be the same on every process.
+
+    Raises:
+      ValueError: if the share is not divisible by the parts of the batch that this process holds.
+    """
+    _, num_shares = process_share(mesh)
+    local_parts = num_batch_shards(mesh) // num_shares
+
+    def put(path, leaf):
+        leaf = np.asarray(leaf)
+        is_shared = _is_shared(path, leaf)
+        if not is_shared and leaf.shape[0] % local_parts:
+            raise ValueError(
+                f"{path_name(path)}: {leaf.shape[0]} examples of this process are not divisible by "
+                f"its {local_parts} parts of the batch (slice × data × fsdp); change "
+                "--config.batch_size or --config.mesh"
+            )
+        shape = leaf.shape if is_shared else (leaf.shape[0] * num_shares, *leaf.shape[1:])
+        return jax.make_array_from_process_local_data(_batch_sharding(mesh, is_shared), leaf, shape)
+
+    return jax.tree.map_with_path(put, host_batch)
