@@ -1,0 +1,1 @@
+"""What is learnt: losses, and the step of the optimizer they share."""
