@@ -12,7 +12,7 @@ ENTRY_POINTS = {"sample.py", "train.py"}
 
 # Rooms from the ground up; a room imports from rooms on lower floors, or on its own.
 FLOORS = {
-    0: ("types", "numerics", "compiling", "sharding"),
+    0: ("types", "numerics", "compiling", "sharding", "config_tree", "metrics", "processes"),
     1: ("ops", "latents", "flow", "tensor_files"),
     2: ("models", "tokenizing", "images", "sizes", "tensor_writing", "data", "train_state"),
     3: ("conditioning", "sampler", "checkpoint", "requests", "objectives", "optimizer"),

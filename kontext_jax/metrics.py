@@ -1,0 +1,295 @@
+"""What a training run tells while it goes: lines on disk, TensorBoard, speed and a progress line.
+
+RUN/metrics.jsonl holds one JSON object a line, in order: {"step", "kind", name: number, …}. Lines
+of kind "train" and "eval" depend on the run alone, so an interrupted run's are those of an unbroken
+one; "speed" holds all that depends on the machine. Numbers that are no numbers are written as null.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+FILE = "metrics.jsonl"
+
+
+class RunFiles:
+    """A local folder for a run's small files, which is the run's own folder or copied there.
+
+    A bucket (gs://…) knows no appending: there the files grow in a temporary folder, and `publish`
+    copies those that changed.
+
+    Args:
+      run: the run's folder, local or not.
+      copy: whether to work in a temporary folder; None for what the name says.
+    """
+
+    def __init__(self, run: str | os.PathLike, copy: bool | None = None):
+        self._run = epath.Path(run)
+        self._temporary = None
+        self._published: dict[Path, tuple[int, int]] = {}
+        if "://" in os.fspath(run) if copy is None else copy:
+            self._temporary = tempfile.TemporaryDirectory(prefix="kontext_jax-run-")
+            self.local = Path(self._temporary.name)
+            if (self._run / FILE).exists():
+                (self.local / FILE).write_bytes((self._run / FILE).read_bytes())
+        else:
+            self.local = Path(run)
+            self.local.mkdir(parents=True, exist_ok=True)
+
+    def publish(self) -> None:
+        """Copies what is new to a run's folder that is not local."""
+        if self._temporary is None:
+            return
+        for path in sorted(p for p in self.local.rglob("*") if p.is_file()):
+            mark = (path.stat().st_size, path.stat().st_mtime_ns)
+            if self._published.get(path) != mark:
+                target = self._run / path.relative_to(self.local).as_posix()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+                self._published[path] = mark
+
+    def close(self) -> None:
+        self.publish()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+
+def cut_after(path: Path, step: int) -> int:
+    """Drops the lines of `path` that lie beyond `step` or were cut short; how many they were.
+
+    The run goes on from a checkpoint at `step`, and will write those lines again.
+    """
+    if not path.exists():
+        return 0
+    kept, dropped = [], 0
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        try:
+            keep = json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            keep = False
+        kept += [line] * keep
+        dropped += not keep
+    if dropped:
+        beside = path.with_name(path.name + ".part")
+        beside.write_text("".join(line + "\n" for line in kept), "utf-8")
+        os.replace(beside, path)
+    return dropped
+
+
+def read(path: str | os.PathLike, kind: str = "train") -> list[dict[str, Any]]:
+    """The lines of one kind of a run's metrics.jsonl, in order."""
+    lines = map(json.loads, Path(path).read_text("utf-8").splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+class MetricLog:
+    """Writes metrics.jsonl and TensorBoard's event files into a folder.
+
+    Args:
+      folder: local.
+      after_step: the step that the run goes on from; what was written beyond it is dropped.
+      tensorboard: whether to write event files, into tensorboard/.
+    """
+
+    def __init__(self, folder: Path, after_step: int = 0, tensorboard: bool = True):
+        cut_after(folder / FILE, after_step)
+        self._file = (folder / FILE).open("a", encoding="utf-8")
+        self._board = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter  # takes a second
+
+            self._board = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=after_step + 1, flush_secs=30
+            )
+
+    def write(self, kind: str, step: int, values: Mapping[str, float | int]) -> None:
+        """Notes the values of one step; a line is on its way to the disk when this returns."""
+        numbers = {name: _number(value) for name, value in values.items()}
+        line = json.dumps({"step": step, "kind": kind, **numbers}, allow_nan=False)
+        self._file.write(line + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in numbers.items():
+                self._board.add_scalar(f"{kind}/{name}", math.nan if value is None else value, step)
+
+    def picture(self, name: str, step: int, pixels: Any) -> None:
+        """Shows a picture uint8 [height, width, 3] in TensorBoard."""
+        if self._board is not None:
+            self._board.add_image(name, pixels, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _number(value: Any) -> float | int | None:
+    if isinstance(value, int):
+        return value
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+class Speed:
+    """How fast the run goes, over the steps since the figures were last asked for.
+
+    Time under `pause` (compiling, evaluating, saving) counts towards nothing but its own name.
+    """
+
+    def __init__(
+        self, peak_flops: float | None = None, clock: Callable[[], float] = time.monotonic
+    ):
+        self._clock = clock
+        self._peak_flops = peak_flops
+        self.paused_s: dict[str, float] = {}
+        self._restart()
+
+    def _restart(self) -> None:
+        self._since = self._clock()
+        self._idle_s = self._waited_s = 0.0
+        self._steps = self._images = self._tokens = 0
+        self._flops: float | None = 0.0
+
+    @contextlib.contextmanager
+    def pause(self, what: str) -> Iterator[None]:
+        start = self._clock()
+        try:
+            yield
+        finally:
+            seconds = self._clock() - start
+            self._idle_s += seconds
+            self.paused_s[what] = self.paused_s.get(what, 0.0) + seconds
+
+    @contextlib.contextmanager
+    def wait_for_data(self) -> Iterator[None]:
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._waited_s += self._clock() - start
+
+    def count(self, images: int, tokens: int, flops: float | None) -> None:
+        """One step was finished: its global numbers of images and tokens, and its operations."""
+        self._steps += 1
+        self._images += images
+        self._tokens += tokens
+        self._flops = None if None in (flops, self._flops) else self._flops + flops
+
+    def figures(self) -> dict[str, float]:
+        """step_time_s, images_per_s, tokens_per_s, data_wait (share of the time) and, where the
+        devices' peak is known, mfu (share of it); nothing if no step was finished."""
+        seconds = self._clock() - self._since - self._idle_s
+        if not self._steps or seconds <= 0:
+            return {}
+        figures = {
+            "step_time_s": seconds / self._steps,
+            "images_per_s": self._images / seconds,
+            "tokens_per_s": self._tokens / seconds,
+            "data_wait": min(self._waited_s / seconds, 1.0),
+        }
+        if self._peak_flops and self._flops is not None:
+            figures["mfu"] = self._flops / seconds / self._peak_flops
+        self._restart()
+        return figures
+
+
+class Progress:
+    """The line that says how far the run is: living on a terminal, else a line now and then.
+
+    Args:
+      tell: prints a line; None for silence.
+      every_s: seconds between lines where there is no terminal.
+    """
+
+    def __init__(
+        self,
+        num_steps: int,
+        start_step: int,
+        tell: Callable[[str], None] | None,
+        every_s: float = 10.0,
+        terminal: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._num_steps, self._tell, self._every_s, self._clock = num_steps, tell, every_s, clock
+        self._rate_since = self._printed_at = clock()
+        self._rate_from = start_step
+        terminal = sys.stdout.isatty() if terminal is None else terminal
+        self._bar = self._task = None
+        if tell is not None and terminal:
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            self._bar = Progress(BarColumn(30), TextColumn("{task.description}"))
+            self._task = self._bar.add_task("", total=num_steps, completed=start_step)
+            self._bar.start()
+
+    def update(self, step: int, loss: float | None, figures: Mapping[str, float]) -> None:
+        """Says that `step` is finished."""
+        if self._tell is None:
+            return
+        now = self._clock()
+        due = now - self._printed_at >= self._every_s or step == self._num_steps
+        if self._bar is None and not due:
+            return
+        line = self.line(step, loss, figures, now)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=line)
+        else:
+            self._tell(line)
+            self._printed_at = now
+
+    def line(self, step: int, loss: float | None, figures: Mapping[str, float], now: float) -> str:
+        parts = [f"step {step}/{self._num_steps}"]
+        if loss is not None:
+            parts.append(f"loss {loss:.4f}")
+        for name, form in (
+            ("images_per_s", "{:.3g} images/s"),
+            ("tokens_per_s", "{:,.0f} tokens/s"),
+        ):
+            if name in figures:
+                parts.append(form.format(figures[name]))
+        if "mfu" in figures:
+            parts.append(f"MFU {figures['mfu']:.1%}")
+        if figures.get("data_wait", 0) >= 0.01:
+            parts.append(f"waits for data {figures['data_wait']:.0%}")
+        if step > self._rate_from and step < self._num_steps:
+            rate = (now - self._rate_since) / (step - self._rate_from)
+            parts.append(f"{duration(rate * (self._num_steps - step))} left")
+        return " · ".join(parts)
+
+    def say(self, line: str) -> None:
+        """Prints a line above the living one."""
+        if self._bar is not None:
+            self._bar.console.print(line, highlight=False, markup=False)
+        elif self._tell is not None:
+            self._tell(line)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def duration(seconds: float) -> str:
+    """A span of time in its two largest units: "3 d 4 h", "12 min 30 s", "8 s"."""
+    left = round(seconds)
+    parts = []
+    for name, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, size)
+        if count or (name == "s" and not parts):
+            parts.append(f"{count} {name}")
+    return " ".join(parts[:2])
