@@ -1,0 +1,157 @@
+"""What can be said about training data: sources, sizes, the mix, bad samples."""
+
+import dataclasses
+import math
+
+from kontext_jax import latents
+
+FORMATS = ("auto", "folder", "parquet", "webdataset", "array_record")
+ON_BAD_SAMPLE = ("skip", "stop")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where examples come from and how they become batches.
+
+    Attributes:
+      sources: folders or files, local or gs://. A folder with metadata.jsonl or metadata.csv beside
+        its pictures, parquet files, WebDataset tars, or ArrayRecord files of `write_array_record`.
+      weights: how often an epoch shows each example of each source, one number per source; () is
+        once each. 2.0 shows all twice, 0.5 another half every epoch.
+      format: "auto" to tell by the files, or "folder", "parquet", "webdataset", "array_record".
+      target_column: column (or member of a tar, without its file type) of the picture to be made;
+        "" to find it among the usual names. So are the next two.
+      context_columns: columns of the references, in order; each may hold a list.
+      text_column: column of the instruction or caption.
+      id_column: column of the sample's id; "" for its file name or its place in the file.
+      resolution: side in pixels of the square whose area the 17 preferred sizes are scaled to.
+      buckets: "WxH" sizes in pixels, multiples of 16, instead of the preferred ones.
+      random_crop: crop at a random place, the same for target and references, not in the middle.
+      flip: mirror half of the examples, target and references alike, unless the text names a side.
+      fraction_with_references: part of the steps that take examples with references; the others
+        take examples without.
+      reference_dropout: part of the steps with references that go without them.
+      on_bad_sample: "skip" and count a sample that is unreadable, incomplete, has no text, or
+        mismatched pictures, or "stop" at it.
+      largest_aspect_mismatch: largest ratio of the aspect ratios of target and reference, such as
+        1.1; 0 for any.
+      filter_function: "package.module:function" that decides on each sample; see `filters`.
+      filter_command: command that decides on each sample instead; see `filters`.
+      verify: decode every picture while the index is made, not only its header.
+      index_dir: folder for the index; "" for the run's own.
+      threads: threads that read and decode, in each process or worker.
+      workers: processes that read and decode beside the training process; 0 for threads alone.
+      prefetch: batches to have ready.
+      cache: folder of encoded examples (kontext_jax.data.encode) instead of sources.
+    """
+
+    sources: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    format: str = "auto"
+    target_column: str = ""
+    context_columns: tuple[str, ...] = ()
+    text_column: str = ""
+    id_column: str = ""
+    resolution: int = 1024
+    buckets: tuple[str, ...] = ()
+    random_crop: bool = False
+    flip: bool = False
+    fraction_with_references: float = 1.0
+    reference_dropout: float = 0.0
+    on_bad_sample: str = "skip"
+    largest_aspect_mismatch: float = 0.0
+    filter_function: str = ""
+    filter_command: str = ""
+    verify: bool = False
+    index_dir: str = ""
+    threads: int = 8
+    workers: int = 0
+    prefetch: int = 4
+    cache: str = ""
+
+    def check(self) -> None:
+        """Raises ValueError for values that are out of range or contradict each other."""
+        _check_choice("format", self.format, FORMATS)
+        _check_choice("on_bad_sample", self.on_bad_sample, ON_BAD_SAMPLE)
+        self._check_sources()
+        self._check_sizes()
+        for name in ("fraction_with_references", "reference_dropout"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"data.{name} is {value:g}; expected a number from 0 to 1")
+        if self.reference_dropout and not self.fraction_with_references:
+            raise ValueError(
+                f"data.reference_dropout {self.reference_dropout:g} has nothing to act on, since "
+                "data.fraction_with_references is 0; drop one"
+            )
+        mismatch = self.largest_aspect_mismatch
+        if mismatch and not 1 <= mismatch < math.inf:
+            raise ValueError(
+                f"data.largest_aspect_mismatch is {mismatch:g}; expected a ratio of at least 1, "
+                "such as 1.1, or 0 for any"
+            )
+        if self.filter_function and self.filter_command:
+            raise ValueError("data.filter_function and data.filter_command contradict; drop one")
+        if self.filter_function and self.filter_function.count(":") != 1:
+            raise ValueError(
+                f"data.filter_function is {self.filter_function!r}; expected "
+                "package.module:function"
+            )
+        for name, least in (("threads", 1), ("workers", 0), ("prefetch", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"data.{name} is {getattr(self, name)}; expected at least {least}")
+
+    def _check_sources(self) -> None:
+        if self.cache:
+            self._check_cache()
+            return
+        if not self.sources:
+            raise ValueError("data.sources is empty; name a folder or a file of examples")
+        if self.weights and len(self.weights) != len(self.sources):
+            raise ValueError(
+                f"data.weights has {len(self.weights)} numbers for {len(self.sources)} sources; "
+                "give one each, or none"
+            )
+        for weight in self.weights:
+            if not 0 < weight < math.inf:
+                raise ValueError(f"data.weights has {weight:g}; expected numbers above 0")
+
+    def _check_cache(self) -> None:
+        """A cache was cut and filtered when it was made; only the mix can still be chosen."""
+        free = {
+            "cache",
+            "fraction_with_references",
+            "reference_dropout",
+            "on_bad_sample",
+            "threads",
+            "workers",
+            "prefetch",
+        }
+        given = [
+            field.name
+            for field in dataclasses.fields(self)
+            if field.name not in free and getattr(self, field.name) != field.default
+        ]
+        if given:
+            raise ValueError(
+                f"data.cache {self.cache} holds examples that are already cut and encoded, so "
+                f"{', '.join('data.' + name for name in given)} cannot apply; drop one or the other"
+            )
+
+    def _check_sizes(self) -> None:
+        unit = latents.PIXELS_PER_TOKEN
+        if self.resolution < unit or self.resolution % unit:
+            nearest = max(unit, round(self.resolution / unit) * unit)
+            raise ValueError(
+                f"data.resolution is {self.resolution}; expected a multiple of {unit}, such as "
+                f"{nearest}"
+            )
+        if self.buckets and self.resolution != DataConfig.resolution:
+            raise ValueError(
+                f"data.buckets {', '.join(self.buckets)} already say the sizes, so "
+                f"data.resolution {self.resolution} contradicts them; drop one"
+            )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"data.{name} is {value!r}; expected one of {', '.join(choices)}")
