@@ -16,7 +16,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
@@ -85,12 +85,33 @@ def load_picture(path: str | os.PathLike, name: str | None = None) -> Picture:
     if not path.is_file():
         kind = "a directory" if path.is_dir() else "not a regular file"
         raise ValueError(f"image {name} is {kind}; expected a picture file")
-    if path.stat().st_size == 0:
-        raise ValueError(f"image {name} is an empty file (0 bytes); expected a picture file")
-    with _opened(path, name) as image:
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(_too_large(name, width * height))
+    try:
+        with path.open("rb") as file:
+            with warnings.catch_warnings():
+                quiet_pillow()
+                pixels, notes = decode_picture(file, name)
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except PermissionError as error:
+        raise ValueError(f"image {name} may not be read: {error.strerror}") from error
+    return Picture(name, pixels, digest, notes)
+
+
+def quiet_pillow() -> None:
+    """Ignores Pillow's warnings: our own limit of pixels counts, and broken EXIF is no matter.
+
+    For the whole process, since Python's way to do so for a while is not safe in threads.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def decode_picture(file: BinaryIO, name: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Pixels uint8 [height, width, 3] of an open picture file, and notes as in `Picture`.
+
+    Raises:
+      ValueError: an empty file, no picture, a broken one, or more than MAX_PIXELS.
+    """
+    with _opened(file, name) as image:
         notes = []
         frames = getattr(image, "n_frames", 1)
         if frames > 1:
@@ -102,34 +123,46 @@ def load_picture(path: str | os.PathLike, name: str | None = None) -> Picture:
             notes.append(f"{_ORIENTATIONS[orientation]} (EXIF orientation {orientation})")
         pixels, colour_note = _to_rgb(image, name)
         notes += [colour_note] if colour_note else []
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Picture(name, pixels, digest, tuple(notes))
+    return pixels, tuple(notes)
+
+
+def picture_size(file: BinaryIO, name: str) -> tuple[int, int]:
+    """(width, height) in pixels of an open picture file, upright, from its header alone.
+
+    Raises:
+      ValueError: as `decode_picture`, as far as the header tells.
+    """
+    with _opened(file, name) as image:
+        width, height = image.size
+        sideways = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+    return (height, width) if sideways else (width, height)
 
 
 @contextlib.contextmanager
-def _opened(path: Path, name: str) -> Iterator[Image.Image]:
+def _opened(file: BinaryIO, name: str) -> Iterator[Image.Image]:
     """Opens a picture; what Pillow raises inside the block becomes a ValueError with its name."""
+    if not file.read(1):
+        raise ValueError(f"image {name} is an empty file (0 bytes); expected a picture file")
+    file.seek(0)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # our own limit is below, and broken EXIF only warns
-            with Image.open(path, formats=FORMATS) as image:
-                yield image
+        with Image.open(file, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ValueError(_too_large(name, width * height))
+            yield image
     except Image.DecompressionBombError as error:
         # Pillow refuses before it says a size, but counts the pixels in its message.
         counted = re.search(r"(\d+) pixels", str(error))
         raise ValueError(_too_large(name, int(counted[1]) if counted else None)) from error
     except Image.UnidentifiedImageError as error:
-        with path.open("rb") as file:
-            head = file.read(16)
+        file.seek(0)
+        head = file.read(16)
         heic = head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"heif")
         found = "is a HEIC picture" if heic else "is not a picture"
         raise ValueError(
             f"image {name} {found} that can be read; expected one of {', '.join(FORMATS)}: "
             "save it as PNG or JPEG"
         ) from error
-    except PermissionError as error:
-        raise ValueError(f"image {name} may not be read: {error.strerror}") from error
     except ValueError as error:
         if str(error).startswith("image "):
             raise
@@ -265,7 +298,8 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
         raise FileNotFoundError(f"image {path}: no such file")
     if not path.is_file():
         raise ValueError(f"image {path} is not a file; expected a PNG written by kontext_jax")
-    with _opened(path, str(path)) as image:
+    with warnings.catch_warnings(), path.open("rb") as file, _opened(file, str(path)) as image:
+        quiet_pillow()
         image.load()  # chunks may stand behind the pixels
         text = getattr(image, "text", {}).get(METADATA_KEY)
     if text is None:
