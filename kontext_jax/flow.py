@@ -7,9 +7,15 @@
 
 A logit-normal t shifted by s is logit-normal with its mean moved by log s, so training and sampling
 share one line for mu.
+
+How well a velocity can be predicted at all: if x0 ~ N(m, s²) without correlations, the expected
+squared error of the best prediction is, for each dimension,
+
+    s²/V,    V = (1 − t)²·s² + t²         1 at both ends and 2 at t = 1/2 where s = 1
 """
 
 import math
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -70,3 +76,112 @@ def timestep_schedule(num_steps: int, mu: float | None) -> np.ndarray:
 def sample_logit_normal(key: jax.Array, shape: tuple[int, ...], mu: float, sigma: float = 1.0):
     """Training times t = sigmoid(mu + sigma·n), n ~ N(0, 1): float32 in (0, 1)."""
     return jax.nn.sigmoid(mu + sigma * jax.random.normal(key, shape, jnp.float32))
+
+
+TimestepMode = Literal["flux_linear", "sqrt_ratio", "const"]
+TimestepDistribution = Literal["logit_normal", "uniform", "mode"]
+LossWeighting = Literal["none", "sigma_sqrt", "cosmap"]
+
+SMALLEST_TRAINING_TIME = 1e-5
+
+
+def training_mu(
+    mode: TimestepMode, num_image_tokens: int, *, const_mu: float = 0.0, base_tokens: int = 256
+) -> float:
+    """Logarithm of the timestep shift in training, for a number of target tokens.
+
+    "flux_linear": the line that sampling uses, `timestep_mu`. "sqrt_ratio": log sqrt(L/base),
+    SD3's law (arXiv:2403.03206, section 5.3.2): a picture resampled from base_tokens, where there
+    is no shift, stays as uncertain. "const": const_mu.
+
+    Raises:
+      ValueError: if the mode is none of these.
+    """
+    if mode == "flux_linear":
+        return timestep_mu(num_image_tokens)
+    if mode == "sqrt_ratio":
+        return 0.5 * math.log(num_image_tokens / base_tokens)
+    if mode == "const":
+        return const_mu
+    raise ValueError(f"timestep_mode is {mode!r}; choose {', '.join(get_args(TimestepMode))}")
+
+
+def mode_times(u: jax.Array, scale: float) -> jax.Array:
+    """Times with extra weight in the middle, from uniform u: 1 − u − s·(cos²(π·u/2) − 1 + u).
+
+    SD3's "mode" distribution (arXiv:2403.03206, section 3.1); s in [-1, 2/(π − 2)].
+    """
+    return 1 - u - scale * (jnp.cos(jnp.pi / 2 * u) ** 2 - 1 + u)
+
+
+def sample_training_times(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    mu: float,
+    *,
+    distribution: TimestepDistribution = "logit_normal",
+    sigma: float = 1.0,
+    mode_scale: float = 1.29,
+) -> jax.Array:
+    """Training times of a distribution, shifted by e^mu: float32 in [1e-5, 1].
+
+    Args:
+      sigma: standard deviation of logit t; "logit_normal" only.
+      mode_scale: s of `mode_times`; "mode" only.
+
+    Raises:
+      ValueError: if the distribution is none of these.
+    """
+    if distribution == "logit_normal":
+        t = sample_logit_normal(key, shape, mu, sigma)
+    elif distribution in ("uniform", "mode"):
+        t = jax.random.uniform(key, shape, jnp.float32)
+        if distribution == "mode":
+            t = mode_times(t, mode_scale)
+        t = shift_timesteps(t, math.exp(mu))
+    else:
+        raise ValueError(
+            f"timestep_distribution is {distribution!r}; choose "
+            f"{', '.join(get_args(TimestepDistribution))}"
+        )
+    return jnp.clip(t, SMALLEST_TRAINING_TIME, 1.0)
+
+
+def on_trainer_grid(u: jax.Array, num_timesteps: int = 1000) -> tuple[jax.Array, jax.Array]:
+    """The times that diffusers' trainers use, from draws u in [0, 1) of their density.
+
+    Their u runs against t: index floor(N·u) counts from noise, and t = (N − index)/N.
+
+    Returns:
+      Index into the scheduler's timesteps (int32), and t (float32).
+    """
+    index = jnp.floor(u * num_timesteps).astype(jnp.int32)
+    return index, (num_timesteps - index).astype(jnp.float32) / num_timesteps
+
+
+def loss_weight(weighting: LossWeighting, t: jax.Array) -> jax.Array:
+    """Weight of a sample's squared velocity error at time t, by the names of diffusers' trainers.
+
+    "none": 1. "sigma_sqrt": t^-2. "cosmap": 2/(π·(1 − 2t + 2t²)), SD3's (arXiv:2403.03206).
+
+    Raises:
+      ValueError: if the weighting is none of these.
+    """
+    if weighting == "none":
+        return jnp.ones_like(t)
+    if weighting == "sigma_sqrt":
+        return t**-2
+    if weighting == "cosmap":
+        return 2 / (jnp.pi * (1 - 2 * t + 2 * t**2))
+    raise ValueError(
+        f"loss_weighting is {weighting!r}; choose {', '.join(get_args(LossWeighting))}"
+    )
+
+
+def gaussian_loss_floor(t: jax.Array, variance: float = 1.0) -> jax.Array:
+    """Least expected squared velocity error per dimension for uncorrelated Gaussian data.
+
+    It is s²/((1 − t)²·s² + t²) with s² the `variance`, whatever the mean. Real latents are
+    correlated, so a network goes below it: the ratio to it makes times comparable.
+    """
+    return variance / ((1 - t) ** 2 * variance + t**2)
