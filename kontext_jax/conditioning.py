@@ -7,8 +7,13 @@
 
 FLUX was trained with every T5 position attended, padding too: no mask unless asked for. Text
 features leave in the encoders' compute dtype.
+
+Training encodes whole batches with `encode_batch`, or reads what it made from disk; `tokens_of`
+makes of either what an objective takes.
 """
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -16,14 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from kontext_jax import latents
+from kontext_jax.checkpoint import ModelBundle
+from kontext_jax.data.batches import EncodedBatch
 from kontext_jax.models.clip import CLIPText
 from kontext_jax.models.mmdit import Conditioning
-from kontext_jax.models.presets import MMDiTConfig
+from kontext_jax.models.presets import MMDiTConfig, Preset
 from kontext_jax.models.t5 import T5Encoder
+from kontext_jax.models.vae import VAE
 from kontext_jax.numerics import EXACT, Numerics
+from kontext_jax.objectives.base import TokenBatch
 from kontext_jax.ops.rope import rope_table
-from kontext_jax.tokenizing import TextIds
-from kontext_jax.types import Array, Float, Params, Tokens, typed
+from kontext_jax.tokenizing import TextIds, Tokenizers
+from kontext_jax.types import Array, Float, Latents, Params, Tokens, UInt8, typed
 
 
 def encode_text(
@@ -86,12 +95,8 @@ def make_conditioning(
     Raises:
       ValueError: if widths, batch sizes or guidance do not fit the transformer.
     """
-    batch, num_text_tokens, txt_width = txt.shape
-    if txt_width != config.context_in_dim or vec.shape != (batch, config.vec_in_dim):
-        raise ValueError(
-            f"text features {txt.shape} and {vec.shape} do not fit the transformer, which takes "
-            f"[B, T, {config.context_in_dim}] and [B, {config.vec_in_dim}]"
-        )
+    _check_text(config, txt, vec)
+    batch, num_text_tokens, _ = txt.shape
     if config.guidance_embed != (guidance is not None):
         raise ValueError(
             "this model takes a guidance value, found none"
@@ -105,22 +110,14 @@ def make_conditioning(
                 "give one reference for all or one for each"
             )
 
-    def grid(height: int, width: int) -> tuple[int, int]:
-        return height // latents.PATCH, width // latents.PATCH
-
-    ids = np.concatenate(
-        [
-            latents.text_ids(num_text_tokens),
-            latents.image_ids(*grid(latent_height, latent_width)),
-            latents.context_ids([grid(*r.shape[1:3]) for r in references], position_rule),
-        ]
-    )
-    pe = rope_table(
-        ids,
-        config.axes_dim,
-        config.theta,
-        numerics.rope_precision,
-        ids_dtype=dtype if numerics.rope_ids_in_compute_dtype else None,
+    pe = position_table(
+        config,
+        num_text_tokens,
+        (latent_height, latent_width),
+        tuple(reference.shape[1:3] for reference in references),
+        position_rule,
+        numerics,
+        dtype,
     )
     ctx = None
     if references:
@@ -133,5 +130,184 @@ def make_conditioning(
         vec=vec,
         guidance=guidance,
         ctx=ctx,
+        pe=jnp.asarray(pe),
+    )
+
+
+def _check_text(config: MMDiTConfig, txt: jax.Array, vec: jax.Array) -> None:
+    batch, _, txt_width = txt.shape
+    if txt_width != config.context_in_dim or vec.shape != (batch, config.vec_in_dim):
+        raise ValueError(
+            f"text features {txt.shape} and {vec.shape} do not fit the transformer, which takes "
+            f"[B, T, {config.context_in_dim}] and [B, {config.vec_in_dim}]"
+        )
+
+
+@functools.lru_cache(maxsize=64)  # more than the shapes of one run: 17 sizes, with or without
+def position_table(
+    config: MMDiTConfig,
+    num_text_tokens: int,
+    target: tuple[int, int],
+    references: tuple[tuple[int, int], ...] = (),
+    position_rule: latents.PositionRule = "index",
+    numerics: Numerics = EXACT,
+    dtype: jax.typing.DTypeLike = np.float32,
+) -> np.ndarray:
+    """Rotary table of text ‖ target ‖ references, float32 [2, S, Dh/2]; the same array each time.
+
+    Args:
+      target: (height, width) in latent cells, even; likewise each of `references`.
+      numerics: precision of the table.
+      dtype: compute dtype of the transformer, to which some numerics round the positions.
+    """
+
+    def grid(size: tuple[int, int]) -> tuple[int, int]:
+        return size[0] // latents.PATCH, size[1] // latents.PATCH
+
+    ids = np.concatenate(
+        [
+            latents.text_ids(num_text_tokens),
+            latents.image_ids(*grid(target)),
+            latents.context_ids([grid(size) for size in references], position_rule),
+        ]
+    )
+    table = rope_table(
+        ids,
+        config.axes_dim,
+        config.theta,
+        numerics.rope_precision,
+        ids_dtype=dtype if numerics.rope_ids_in_compute_dtype else None,
+    )
+    table.flags.writeable = False  # it is shared
+    return table
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoders:
+    """The networks that training keeps frozen in front of the transformer; hashable."""
+
+    vae: VAE
+    t5: T5Encoder
+    clip: CLIPText
+
+    def precision(self):
+        """Products as precise as the dtype: left alone, accelerators round float32 inputs."""
+        exact = jnp.dtype(self.t5.dtype) == jnp.float32
+        return jax.default_matmul_precision("highest" if exact else None)
+
+
+ENCODER_KINDS = ("vae", "t5", "clip")
+
+
+def make_encoders(preset: Preset, dtype: jax.typing.DTypeLike) -> Encoders:
+    """The preset's encoders, all of which compute in `dtype`."""
+    return Encoders(
+        vae=VAE(preset.vae, dtype),
+        t5=T5Encoder(preset.t5, dtype),
+        clip=CLIPText(preset.clip, dtype),
+    )
+
+
+def load_encoder_params(
+    bundle: ModelBundle,
+    dtype: jax.typing.DTypeLike,
+    device: jax.Device | jax.sharding.Sharding | None = None,
+) -> Params:
+    """Reads what `encode_batch` takes: text encoders in `dtype`, the small autoencoder in float32.
+
+    Args:
+      device: where each leaf goes; the default device unless given.
+    """
+    stored = {"vae": jnp.float32, "t5": dtype, "clip": dtype}
+    return {
+        kind: bundle.components[kind].load(dtype=stored[kind], device=device)
+        for kind in ENCODER_KINDS
+    }
+
+
+def encode_pictures(encoders: Encoders, params: Params, pixels: UInt8[Array, "B _ _ 3"]) -> Latents:
+    """Latents of pictures whose sides are multiples of 16: the posterior's mean, scaled; pure."""
+    with encoders.precision():
+        image = latents.pixels_to_model(pixels)
+        return encoders.vae.apply({"params": params["vae"]}, image, method="encode")
+
+
+def encode_prompts(
+    encoders: Encoders, params: Params, ids: TextIds
+) -> tuple[Float[Array, "B T Dt"], Float[Array, "B Dc"]]:
+    """`encode_text` by the frozen encoders; pure."""
+    with encoders.precision():
+        return encode_text(encoders.t5, encoders.clip, params["t5"], params["clip"], ids)
+
+
+def encode_batch(
+    encoders: Encoders,
+    params: Params,
+    target: UInt8[Array, "B _ _ 3"],
+    contexts: Sequence[UInt8[Array, "B _ _ 3"]],
+    ids: TextIds,
+) -> EncodedBatch:
+    """Latents and text features of a batch; a pure function, to be jitted.
+
+    Under a mesh the batch may be split in any way: nothing here looks across examples.
+
+    Args:
+      params: of the "vae", "t5" and "clip".
+      target: pictures whose sides are multiples of 16 pixels.
+      contexts: references of any such sizes; none for text to image.
+    """
+    txt, vec = encode_prompts(encoders, params, ids)
+    return EncodedBatch(
+        x0=encode_pictures(encoders, params, target),
+        contexts=tuple(encode_pictures(encoders, params, pixels) for pixels in contexts),
+        txt=txt,
+        vec=vec,
+    )
+
+
+def null_text(
+    encoders: Encoders, params: Params, tokenizers: Tokenizers, max_text_tokens: int
+) -> tuple[jax.Array, jax.Array]:
+    """Features of the empty prompt, txt [T, context_in_dim] and vec [vec_in_dim]."""
+    ids, _ = tokenizers.tokenize([""], max_text_tokens)
+    txt, vec = jax.jit(encode_prompts, static_argnums=0)(encoders, params, ids)
+    return txt[0], vec[0]
+
+
+def tokens_of(
+    encoded: EncodedBatch,
+    null_txt: jax.Array,
+    null_vec: jax.Array,
+    config: MMDiTConfig,
+    position_rule: latents.PositionRule = "index",
+) -> TokenBatch:
+    """What an objective takes of an encoded batch; pure, and cheap enough to jit with the encoder.
+
+    Without references the context is left out altogether, as in `make_conditioning`.
+
+    Args:
+      encoded: of latents with even sides.
+      null_txt: features of the empty prompt, from `null_text`; likewise `null_vec`.
+
+    Raises:
+      ValueError: the text features do not fit the transformer.
+    """
+    _check_text(config, encoded.txt, encoded.vec)
+    _check_text(config, null_txt[None], null_vec[None])
+    references = [jnp.asarray(context, jnp.float32) for context in encoded.contexts]
+    pe = position_table(
+        config,
+        encoded.txt.shape[1],
+        tuple(encoded.x0.shape[1:3]),
+        tuple(tuple(reference.shape[1:3]) for reference in references),
+        position_rule,
+    )
+    return TokenBatch(
+        x0=latents.pack(jnp.asarray(encoded.x0, jnp.float32)),
+        ctx=reference_tokens(references) if references else None,
+        txt=jnp.asarray(encoded.txt),
+        vec=jnp.asarray(encoded.vec),
+        null_txt=jnp.asarray(null_txt),
+        null_vec=jnp.asarray(null_vec),
         pe=jnp.asarray(pe),
     )

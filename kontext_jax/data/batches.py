@@ -7,7 +7,11 @@ the same step: the same number of references, and pictures of the same sizes.
 import dataclasses
 from typing import Any, Protocol
 
+import flax.struct
+import jax
 import numpy as np
+
+Array = np.ndarray | jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,8 +21,7 @@ class ImageBatch:
     Attributes:
       ids: sample ids, B of them.
       target: uint8 [B, height, width, 3].
-      contexts: references in order, each uint8 [B, height, width, 3]; empty for text
-        to image.
+      contexts: references in order, each uint8 [B, height, width, 3]; () for text to image.
       prompts: instructions, or captions without references.
     """
 
@@ -26,6 +29,24 @@ class ImageBatch:
     target: np.ndarray
     contexts: tuple[np.ndarray, ...]
     prompts: tuple[str, ...]
+
+
+@flax.struct.dataclass
+class EncodedBatch:
+    """Latents and text features of a batch, NumPy from the cache or JAX from the encoders.
+
+    Attributes:
+      x0: latents of the target, scaled, [B, latent_height, latent_width, Z].
+      contexts: those of the references in order, each [B, its height, its width, Z]; empty for text
+        to image.
+      txt: T5 features [B, T, context_in_dim], padding included.
+      vec: pooled CLIP features [B, vec_in_dim].
+    """
+
+    x0: Array
+    contexts: tuple[Array, ...]
+    txt: Array
+    vec: Array
 
 
 class Batches(Protocol):
