@@ -173,7 +173,7 @@ def make_gradient_step(
             )
         step_key = jax.random.fold_in(key, state.step)
         loss, metrics, grads = gradient(state.params, frozen, batch, step_key)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         num_updates = (state.step - state.skipped).astype(jnp.float32)
@@ -199,8 +199,8 @@ def make_gradient_step(
         metrics = metrics | {
             "loss": loss,
             "grad_norm": grad_norm,
-            "update_norm": jnp.where(is_finite, optax.global_norm(updates), 0),
-            "param_norm": optax.global_norm(params),
+            "update_norm": jnp.where(is_finite, optax.tree.norm(updates), 0),
+            "param_norm": optax.tree.norm(params),
             "skipped": is_skipped,
             "skipped_total": new_state.skipped,
             "skipped_in_a_row": new_state.skipped_in_a_row,

@@ -128,6 +128,36 @@ class FlowMatchingConfig:
                 )
 
 
+def velocity_loss(
+    predict: Predict,
+    params: Params,
+    frozen: Any,
+    batch: TokenBatch,
+    noise: jax.Array,
+    t: jax.Array,
+    guidance: jax.Array | None,
+) -> jax.Array:
+    """Mean squared error of the predicted velocity, for each sample: float32 [B].
+
+    Args:
+      noise: [B, L, C] float32.
+      t: [B].
+      guidance: [B], or None for a network that takes none.
+
+    Raises:
+      ValueError: if `predict` returns another shape than the target's.
+    """
+    x0 = batch.x0.astype(jnp.float32)
+    velocity = predict(params, frozen, flow.interpolate(x0, noise, t), t, batch, guidance)
+    if velocity.shape != x0.shape:
+        raise ValueError(
+            f"predict returned {velocity.shape} for target tokens of {x0.shape}; what it predicts "
+            "for references must be cut off"
+        )
+    error = velocity.astype(jnp.float32) - flow.velocity_target(x0, noise)
+    return jnp.mean(error**2, axis=(1, 2))
+
+
 def make_flow_matching(
     predict: Predict,
     init_params: Callable[[jax.Array], Params],
@@ -190,19 +220,11 @@ def make_flow_matching(
 
     def losses(params, frozen, batch, key, sample_index, t):
         """Unweighted loss of each sample [b], and its metrics."""
-        x0 = batch.x0.astype(jnp.float32)
         keys = sample_keys(key, "noise", sample_index)
-        noise = jax.vmap(lambda k: jax.random.normal(k, x0.shape[1:], jnp.float32))(keys)
+        shape = batch.x0.shape[1:]
+        noise = jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
         guidance = draw_guidance(key, sample_index)
-        x_t = flow.interpolate(x0, noise, t)
-        velocity = predict(params, frozen, x_t, t, batch, guidance)
-        if velocity.shape != x0.shape:
-            raise ValueError(
-                f"predict returned {velocity.shape} for target tokens of {x0.shape}; what it "
-                "predicts for references must be cut off"
-            )
-        error = velocity.astype(jnp.float32) - flow.velocity_target(x0, noise)
-        loss = jnp.mean(error**2, axis=(1, 2))
+        loss = velocity_loss(predict, params, frozen, batch, noise, t, guidance)
         task = "t2i" if batch.ctx is None else "edit"
         metrics = {f"loss_{task}/sum": jnp.sum(loss), f"loss_{task}/count": jnp.float32(loss.size)}
         floor = flow.gaussian_loss_floor(t, config.latent_variance)

@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import re
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -345,36 +346,46 @@ def flow_interpolate(call: Call) -> dict:
 
 
 def flow_loss(call: Call) -> dict:
-    x = call.inputs()
-    error = x["pred"] - flow.velocity_target(x["x0"], x["noise"])
-    return {"loss_none": jnp.mean(error**2)}
+    x, outputs = call.inputs(), {}
+    squared = (x["pred"] - flow.velocity_target(x["x0"], x["noise"])) ** 2
+    per_sample = jnp.mean(squared.reshape(len(squared), -1), axis=1)
+    for weighting in get_args(flow.LossWeighting):
+        weight = flow.loss_weight(weighting, x["t"])
+        outputs[f"weight_{weighting}"] = weight
+        outputs[f"loss_{weighting}"] = jnp.mean(weight * per_sample)
+    return outputs
 
 
 def timestep_distribution(call: Call) -> dict:
     x, outputs = call.inputs(), {}
 
-    def logit_normal(mu, sigma=1.0):
-        """`flow.sample_logit_normal` where the draws are those of the case."""
-        original = jax.random.normal
-        jax.random.normal = lambda key, shape, dtype: jnp.asarray(x["normal"], dtype)
-        try:
-            return flow.sample_logit_normal(jax.random.key(0), x["normal"].shape, mu, sigma)
-        finally:
-            jax.random.normal = original
+    def times(draws, mu, **options):
+        """`flow.sample_training_times` where the draws are those of the case."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("normal", "uniform"):
+                patch.setattr(jax.random, name, lambda key, shape, dtype: x[draws].astype(dtype))
+            return flow.sample_training_times(jax.random.key(0), x[draws].shape, mu, **options)
 
     for row in call.config[call.spec["distributions"]]:
+        draws = row["from"]
         if "mode_scale" in row:
-            continue
-        if "alpha" not in row:
-            t = logit_normal(row["mean"], row["std"])
-        elif row["from"] == "normal":
-            t = logit_normal(math.log(row["alpha"]))
-            shifted = flow.shift_timesteps(logit_normal(0.0), row["alpha"])
-            np.testing.assert_allclose(t, shifted, atol=2e-6)
+            t = times(draws, 0.0, distribution="mode", mode_scale=row["mode_scale"])
+        elif "alpha" not in row:
+            t = times(draws, row["mean"], sigma=row["std"])
         else:
-            t = flow.shift_timesteps(jnp.asarray(x[row["from"]]), row["alpha"])
+            distribution = {"normal": "logit_normal", "uniform": "uniform"}[draws]
+            t = times(draws, math.log(row["alpha"]), distribution=distribution)
+            shifted = flow.shift_timesteps(
+                times(draws, 0.0, distribution=distribution), row["alpha"]
+            )
+            np.testing.assert_allclose(t, shifted, atol=2e-6)
         outputs[row["output"]] = t
     return outputs
+
+
+def diffusers_trainer_timesteps(call: Call) -> dict:
+    indices, t = flow.on_trainer_grid(call.inputs()["uniform"])
+    return {"indices": indices, "timesteps": 1000 * t, "sigmas": t}
 
 
 def schedule(call: Call) -> dict:
@@ -434,6 +445,7 @@ NETWORK_DRIVERS = {
     for driver in (
         aspect_ratio_resolution,
         clip_text_encode,
+        diffusers_trainer_timesteps,
         flow_interpolate,
         flow_loss,
         flux_forward,
