@@ -266,7 +266,7 @@ def test_remat_changes_no_gradient():
 
         return jax.jit(jax.grad(loss)).lower(params)
 
-    with_remat, without = lowered(True), lowered(False)
+    with_remat, without = lowered("full"), lowered("none")
     products = [program.as_text().count("dot_general") for program in (with_remat, without)]
     assert products[0] > products[1]  # the forward products of a block stand there again
     recomputed, kept = with_remat.compile()(params), without.compile()(params)

@@ -5,6 +5,7 @@ and guidance, and the accumulator of every matmul. Everything else runs in the m
 parameters may be stored in another and are cast where they are used.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -38,19 +39,88 @@ def _contract(x: jax.Array, kernel: jax.Array, num_axes: int, **kwargs) -> jax.A
 def matmul(x: jax.Array, kernel: jax.Array, num_axes: int = 1) -> jax.Array:
     """Contracts the last `num_axes` axes of x with the first of the kernel, float32 accumulator.
 
+    A kernel stored in another dtype is cast to that of x, and its gradient is not: float32 master
+    weights get the float32 sums over tokens, which then also travel between devices in float32.
+    """
+    if x.dtype == kernel.dtype:
+        return _product(_contract, num_axes, x, kernel)
+    return _mixed_matmul(x, kernel, num_axes)
+
+
+def _product(contract, num_axes: int, *factors: jax.Array) -> jax.Array:
+    """`contract(*factors, num_axes)`, in their dtype.
+
     TPU and GPU accumulate in float32 by themselves. XLA's CPU backend has a fast bfloat16 path only
     if the product also leaves in float32, so there it is asked for and rounded afterwards.
     """
-    if x.dtype == jnp.float32:
-        return _contract(x, kernel, num_axes)
+    dtype = factors[0].dtype
+    if dtype == jnp.float32:
+        return contract(*factors, num_axes)
     return lax.platform_dependent(
-        x,
-        kernel,
-        cpu=lambda x, w: _contract(x, w, num_axes, preferred_element_type=jnp.float32).astype(
-            x.dtype
-        ),
-        default=lambda x, w: _contract(x, w, num_axes),
+        *factors,
+        cpu=lambda *f: contract(*f, num_axes, preferred_element_type=jnp.float32).astype(dtype),
+        default=lambda *f: contract(*f, num_axes),
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _mixed_matmul(x, kernel, num_axes):
+    return _product(_contract, num_axes, x, kernel.astype(x.dtype))
+
+
+def _mixed_matmul_fwd(x, kernel, num_axes):
+    return _mixed_matmul(x, kernel, num_axes), (x, kernel)
+
+
+def _mixed_matmul_bwd(num_axes, residuals, dy):
+    x, kernel = residuals
+    num_rows = x.ndim - num_axes
+    dx = _product(_contract_outputs, num_axes, dy, kernel.astype(x.dtype))
+    rows = tuple(range(num_rows))
+    d_kernel = lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype)
+    return dx, d_kernel
+
+
+_mixed_matmul.defvjp(_mixed_matmul_fwd, _mixed_matmul_bwd)
+
+
+def _contract_outputs(dy: jax.Array, kernel: jax.Array, num_axes: int, **kwargs) -> jax.Array:
+    """Contracts the last axes of dy with those of a kernel [*in, *out]."""
+    num_out = kernel.ndim - num_axes
+    axes = tuple(range(dy.ndim - num_out, dy.ndim)), tuple(range(num_axes, kernel.ndim))
+    return lax.dot_general(dy, kernel, (axes, ((), ())), **kwargs)
+
+
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x + bias in x's dtype; the gradient of the bias is summed in the bias's own."""
+    return x + bias if x.dtype == bias.dtype else _mixed_add(x, bias)
+
+
+@jax.custom_vjp
+def _mixed_add(x, bias):
+    return x + bias.astype(x.dtype)
+
+
+def _mixed_add_bwd(bias, dy):
+    return dy, jnp.sum(dy.astype(bias.dtype), axis=tuple(range(dy.ndim - bias.ndim)))
+
+
+_mixed_add.defvjp(lambda x, bias: (_mixed_add(x, bias), bias), _mixed_add_bwd)
+
+
+@jax.custom_vjp
+def gated(gate: jax.Array, y: jax.Array) -> jax.Array:
+    """gate [B, D] · y [B, S, D]; the gradient of the gate is summed over tokens in float32."""
+    return gate[:, None] * y
+
+
+def _gated_bwd(residuals, dy):
+    gate, y = residuals
+    d_gate = jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), axis=1)
+    return d_gate.astype(gate.dtype), gate[:, None] * dy
+
+
+gated.defvjp(lambda gate, y: (gated(gate, y), (gate, y)), _gated_bwd)
 
 
 class Dense(nn.Module):
@@ -72,18 +142,19 @@ class Dense(nn.Module):
         shape = (*x.shape[x.ndim - self.num_in_axes :], *self.features)
         init = self.kernel_init or linear_init(self.num_in_axes)
         kernel = self.param("kernel", init, shape)
-        y = matmul(x.astype(self.dtype), kernel.astype(self.dtype), self.num_in_axes)
+        x = x.astype(self.dtype)
+        y = matmul(x, kernel, self.num_in_axes)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, tuple(self.features))
-            y = y + bias.astype(self.dtype)
+            y = add_bias(y, bias)
         if self.has_variable("lora", "a"):
-            y = y + low_rank_path(self, x.astype(self.dtype), self.num_in_axes)
+            y = y + low_rank_path(self, x, self.num_in_axes)
         return y
 
 
 def low_rank_path(module: nn.Module, x: jax.Array, num_axes: int = 1) -> jax.Array:
     """x · a · b of the adapter that the collection "lora" holds for a module (`models/lora.py`)."""
-    a, b = (module.get_variable("lora", name).astype(x.dtype) for name in ("a", "b"))
+    a, b = (module.get_variable("lora", name) for name in ("a", "b"))
     return matmul(matmul(x, a, num_axes), b)
 
 
@@ -178,17 +249,16 @@ class Modulation(nn.Module):
         kernel = self.param("kernel", init, (*stack, width, self.chunks, width))
         bias = self.param("bias", zeros, (*stack, self.chunks, width))
         rows = nn.silu(vec).astype(self.dtype).reshape(-1, width)
-        kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
         if self.num_layers is None:
-            out = matmul(rows, kernel) + bias
+            out = add_bias(matmul(rows, kernel), bias)
             if self.has_variable("lora", "a"):
                 out = out + low_rank_path(self, rows)
         else:
             # The layer is a batch axis of both factors. If the rows lacked it, XLA would first move
             # the contracted axis of the whole stack of kernels to the front: a copy of gigabytes.
             rows = jnp.broadcast_to(rows, (self.num_layers, *rows.shape))
-            out = jax.vmap(matmul, out_axes=1)(rows, kernel) + bias
+            out = add_bias(jax.vmap(matmul, out_axes=1)(rows, kernel), bias)
             if self.has_variable("lora", "a"):
-                a, b = (self.get_variable("lora", name).astype(self.dtype) for name in ("a", "b"))
+                a, b = (self.get_variable("lora", name) for name in ("a", "b"))
                 out = out + jax.vmap(matmul, out_axes=1)(jax.vmap(matmul)(rows, a), b)
         return out.reshape(*vec.shape[:-1], *out.shape[1:])

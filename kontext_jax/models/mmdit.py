@@ -11,27 +11,43 @@ all its steps in one product.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from kontext_jax.models.layers import (
     Dense,
     MLPEmbedder,
     Modulation,
     RMSNorm,
+    gated,
     modulated_norm,
     scale_time,
     timestep_embedding,
 )
 from kontext_jax.models.presets import MMDiTConfig
 from kontext_jax.numerics import EXACT, Numerics
-from kontext_jax.ops.attention import Backend, attention
+from kontext_jax.ops.attention import Backend, attention, keeps_attention
 from kontext_jax.ops.rope import apply_rope
+from kontext_jax.sharding import constrain
 from kontext_jax.types import Params, VelocityFn
+
+Remat = Literal["none", "full", "save_attention", "save_qkv", "save_products"]
+
+# Policy → the products of a block that are kept for the backward pass besides the block's input.
+# All but "none" (everything is kept) and "full" also keep what attention needs of its forward run.
+REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
+    "none": None,
+    "full": None,
+    "save_attention": (),
+    "save_qkv": ("qkv", "block_out"),
+    "save_products": ("qkv", "block_out", "mlp"),
+}
 
 
 class ModulationVectors(NamedTuple):
@@ -57,7 +73,13 @@ class _Projections(nn.Module):
         self.query_norm, self.key_norm = RMSNorm(), RMSNorm()
 
     def qkv(self, x: jax.Array, pe: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q, k, v = (jnp.swapaxes(project(x), 1, 2) for project in (self.q, self.k, self.v))
+        q, k, v = (
+            constrain(
+                checkpoint_name(jnp.swapaxes(project(x), 1, 2), "qkv"),
+                *("batch", "heads", "tokens", "head_dim"),
+            )
+            for project in (self.q, self.k, self.v)
+        )
         q = apply_rope(self.query_norm(q), pe).astype(self.dtype)
         k = apply_rope(self.key_norm(k), pe).astype(self.dtype)
         return q, k, v
@@ -87,8 +109,17 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.gelu(Dense((self.config.mlp_dim,), dtype=self.dtype, name="in_layer")(x))
+        x = _mlp_hidden(Dense((self.config.mlp_dim,), dtype=self.dtype, name="in_layer")(x))
         return Dense((self.config.hidden_size,), dtype=self.dtype, name="out_layer")(x)
+
+
+def _mlp_hidden(x: jax.Array) -> jax.Array:
+    return nn.gelu(constrain(checkpoint_name(x, "mlp"), "batch", "tokens", "mlp"))
+
+
+def _stream(x: jax.Array) -> jax.Array:
+    """Tokens [B, S, D] between blocks, pinned, or the partitioner gathers the batch everywhere."""
+    return constrain(x, "batch", "tokens", "width")
 
 
 class DoubleBlock(nn.Module):
@@ -107,7 +138,7 @@ class DoubleBlock(nn.Module):
 
     def __call__(self, carry, img_mod, txt_mod, pe):
         """carry (img, txt); img_mod, txt_mod [B, 6, D]."""
-        img, txt = carry
+        img, txt = (_stream(x) for x in carry)
         num_txt = txt.shape[1]
         img_mod, txt_mod = (jnp.moveaxis(mod, 1, 0) for mod in (img_mod, txt_mod))
         txt_qkv = self.txt_attn.qkv(
@@ -124,8 +155,9 @@ class DoubleBlock(nn.Module):
 
 
 def _finish_stream(x, attended, mod, attn, mlp):
-    x = x + mod[2][:, None] * attn.project(attended)
-    return x + mod[5][:, None] * mlp(modulated_norm(x, mod[3], mod[4]))
+    x = _stream(x + gated(mod[2], checkpoint_name(attn.project(attended), "block_out")))
+    mlp_out = checkpoint_name(mlp(modulated_norm(x, mod[3], mod[4])), "block_out")
+    return _stream(x + gated(mod[5], mlp_out))
 
 
 class SingleBlock(_Projections):
@@ -141,12 +173,14 @@ class SingleBlock(_Projections):
 
     def __call__(self, x, mod, pe):
         """x [B, S, D]; mod [B, 3, D]."""
+        x = _stream(x)
         normed = modulated_norm(x, mod[:, 0], mod[:, 1])
         attended = attention(*self.qkv(normed, pe), backend=self.attention_backend)
         # Two products added: the published single product over [attention ‖ mlp] runs slower.
         attn_out = self.attn_out(jnp.swapaxes(attended, 1, 2))
-        mlp_out = self.mlp_out(nn.gelu(self.mlp_in(normed)))
-        return x + mod[:, 2, None] * (attn_out + mlp_out), None
+        mlp_out = self.mlp_out(_mlp_hidden(self.mlp_in(normed)))
+        out = checkpoint_name(attn_out + mlp_out, "block_out")
+        return _stream(x + gated(mod[:, 2], out)), None
 
 
 class MMDiT(nn.Module):
@@ -155,7 +189,9 @@ class MMDiT(nn.Module):
     Attributes:
       dtype: compute dtype; parameters may be stored in another.
       attention_backend: see `kontext_jax.ops.attention`.
-      remat: recompute each block in the backward pass, keeping only its input.
+      remat: what a block keeps for the backward pass, which recomputes the rest: "none" (of it
+        recomputed), "full" (recomputed from the block's input), or a policy of `REMAT_POLICIES`
+        between the two, from little memory to much.
       zero_init: start training with every block the identity and the velocity zero, as DiT does;
         False draws modulation and output as well, so that an untrained network answers its inputs.
     """
@@ -163,7 +199,7 @@ class MMDiT(nn.Module):
     config: MMDiTConfig
     dtype: Any = jnp.float32
     attention_backend: Backend = "auto"
-    remat: bool = False
+    remat: Remat = "none"
     zero_init: bool = True
 
     def setup(self):
@@ -189,8 +225,12 @@ class MMDiT(nn.Module):
         )
 
     def _stack(self, block, length: int, num_scanned: int):
-        if self.remat:
-            block = nn.remat(block, prevent_cse=False)
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(
+                f"unknown remat policy {self.remat!r}; choose one of {tuple(REMAT_POLICIES)}"
+            )
+        if self.remat != "none":
+            block = nn.remat(block, prevent_cse=False, policy=_remat_policy(self.remat))
         return nn.scan(
             block,
             variable_axes={"params": 0, "lora": 0},
@@ -260,11 +300,19 @@ class MMDiT(nn.Module):
                 f"pe has {pe.shape[-2]} positions, but there are {num_txt} text and "
                 f"{img.shape[1]} image tokens"
             )
-        carry = self.img_in(img), self.txt_in(txt)
+        carry = _stream(self.img_in(img)), _stream(self.txt_in(txt))
         (img, txt), _ = self.double_blocks(carry, modulation.double_img, modulation.double_txt, pe)
         stream, _ = self.single_blocks(jnp.concatenate([txt, img], axis=1), modulation.single, pe)
         final = modulation.final
         return self.final_layer(modulated_norm(stream[:, num_txt:], final[:, 0], final[:, 1]))
+
+
+def _remat_policy(name: Remat) -> Callable[..., bool] | None:
+    if name == "full":
+        return None
+    policies = jax.checkpoint_policies
+    products = policies.save_only_these_names(*REMAT_POLICIES[name])
+    return policies.save_from_both_policies(keeps_attention, products)
 
 
 class _DoubleModulation(nn.Module):

@@ -20,6 +20,7 @@ from flax import linen as nn
 
 from kontext_jax.models.presets import T5Config
 from kontext_jax.ops.attention import attention
+from kontext_jax.sharding import constrain
 from kontext_jax.types import Array, Bool, Float, Int, typed
 
 
@@ -68,6 +69,7 @@ class T5Block(nn.Module):
         def norm(name: str) -> nn.RMSNorm:
             return nn.RMSNorm(epsilon=c.layer_norm_epsilon, dtype=self.dtype, name=name)
 
+        x = constrain(x, "batch", "tokens", "width")
         self.sow("intermediates", "block_input", x)
         heads = (c.d_model, c.num_heads, c.d_kv)
         y = norm("attn_norm")(x)
@@ -83,7 +85,7 @@ class T5Block(nn.Module):
         linear = project("wi_1", (c.d_model, c.d_ff), "btd,df->btf", c.d_model)(y)
         y = (nn.gelu(gate, approximate=True) * linear).astype(self.dtype)
         x = x + project("wo", (c.d_ff, c.d_model), "btf,fd->btd", c.d_ff)(y)
-        return x, None
+        return constrain(x, "batch", "tokens", "width"), None
 
 
 class T5Encoder(nn.Module):

@@ -7,16 +7,23 @@
     splash      TPU       O(S)     no           any           pads S; interpreted on CPU
     auto        anywhere                                      see `attention`
 
+On a mesh (`kontext_jax.sharding`) splash and chunked run on each device's own examples and heads
+inside `jax.shard_map`, and cuDNN divides itself by the same axes: no backend communicates, and none
+may have its tokens split.
+
 JAX's own `dot_product_attention` holds all S² scores unless told otherwise, on GPU as well.
 """
 
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from kontext_jax import sharding
 
 Backend = Literal["auto", "reference", "chunked", "cudnn", "splash"]
 
@@ -25,6 +32,10 @@ QUERY_BLOCK = 384  # score rows held at a time by `chunked`
 SPLASH_LANES = 128  # the TPU kernel's tiles are this wide
 SPLASH_BLOCK_Q = 512
 SPLASH_MAX_BLOCK_KV = 2176  # 8704 = 4·2176: 512 text and twice 4096 image tokens need no padding
+# For policies of `jax.checkpoint`, see `keeps_attention`: splash's output and log-sum-exp, the
+# output of chunked and reference.
+SAVED_NAME = "attention"
+_AXES = ("batch", "heads", None, "head_dim")
 
 
 def attention(
@@ -42,8 +53,8 @@ def attention(
     "auto" is decided by the platform the program is *compiled* for, which need not be the one it
     is traced on: splash on TPU (chunked if Dh is not a multiple of 128), cudnn on CUDA (chunked for
     float32 and for Dh that cuDNN does not take), chunked elsewhere; and reference wherever a bias
-    or a mask is given. Programs that differentiate should name a backend: every platform's choice
-    is differentiated before the unused ones are dropped.
+    or a mask is given. Programs that differentiate should name a backend (`backend_for`): every
+    platform's choice is differentiated before the unused ones are dropped.
 
     Args:
       bias: added to the scaled scores, broadcastable to [B, H, S, S].
@@ -71,16 +82,48 @@ def attention(
         raise NotImplementedError(f"{backend} attention takes no {given}; use backend='reference'")
     if backend == "auto":
         return _by_platform(q, k, v, scale)
-    if backend == "cudnn" and (limit := _cudnn_limit(q)):
+    if backend == "cudnn" and (limit := _cudnn_limit(q.shape[-1], q.dtype)):
         raise NotImplementedError(f"cudnn attention {limit}; use 'auto' or 'chunked'")
     return _BACKENDS[backend](q, k, v, scale)
+
+
+def backend_for(platform: str, head_dim: int, dtype: Any) -> Backend:
+    """The backend that "auto" would take on a platform ("tpu", "gpu", "cuda", "cpu"), by name.
+
+    For programs that differentiate, and know what they are compiled for.
+    """
+    if platform == "tpu" and head_dim % SPLASH_LANES == 0:
+        return "splash"
+    if platform in ("gpu", "cuda") and not _cudnn_limit(head_dim, dtype):
+        return "cudnn"
+    return "chunked"
+
+
+def keeps_attention(primitive: Any, *_: Any, **params: Any) -> bool:
+    """A policy of `jax.checkpoint`: the backward pass does not run attention forward again.
+
+    Of chunked and reference only the output is kept: their backward passes recompute the scores,
+    and with them the log-sum-exp.
+    """
+    if primitive.name == "name":
+        return params["name"] == SAVED_NAME
+    return primitive.name == "dot_product_attention_fwd_wrapper"  # cuDNN's output and statistics
+
+
+def _on_each_device(function, q, k, v):
+    """Runs `function` where the examples and heads lie, if a mesh is active."""
+    spec = sharding.activation_spec(q.shape, _AXES)
+    if spec is None:
+        return function(q, k, v)
+    mapped = jax.shard_map(function, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+    return mapped(q, k, v)
 
 
 def _by_platform(q, k, v, scale):
     choices = {}
     if q.shape[-1] % SPLASH_LANES == 0:
         choices["tpu"] = functools.partial(_splash, scale=scale)
-    if not _cudnn_limit(q) and _cudnn_is_installed(q, k, v):
+    if not _cudnn_limit(q.shape[-1], q.dtype) and _cudnn_is_installed(q, k, v):
         choices["cuda"] = functools.partial(_cudnn, scale=scale)
     return lax.platform_dependent(
         q, k, v, **choices, default=functools.partial(_chunked, scale=scale)
@@ -97,7 +140,8 @@ def _reference(q, k, v, bias, mask, scale):
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1)
-    return jnp.einsum("bhqk,bhkd->bhqd", weights, v.astype(jnp.float32)).astype(q.dtype)
+    out = jnp.einsum("bhqk,bhkd->bhqd", weights, v.astype(jnp.float32)).astype(q.dtype)
+    return checkpoint_name(out, SAVED_NAME)
 
 
 def _chunked(q, k, v, scale):
@@ -111,9 +155,12 @@ def _chunked(q, k, v, scale):
         heads = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
         return lax.map(lambda head: _in_query_blocks(*head, scale), tuple(heads)).reshape(q.shape)
 
-    return lax.platform_dependent(
-        q, k, v, cpu=by_head, default=functools.partial(_in_query_blocks, scale=scale)
-    )
+    def run(q, k, v):
+        return lax.platform_dependent(
+            q, k, v, cpu=by_head, default=functools.partial(_in_query_blocks, scale=scale)
+        )
+
+    return checkpoint_name(_on_each_device(run, q, k, v), SAVED_NAME)
 
 
 def _in_query_blocks(q, k, v, scale):
@@ -140,12 +187,12 @@ def _in_query_blocks(q, k, v, scale):
     return out[..., :num_queries, :]
 
 
-def _cudnn_limit(q) -> str | None:
-    """What stops cuDNN's flash kernel from taking q, or None."""
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"takes bfloat16 and float16, found {q.dtype}"
-    if q.shape[-1] % 8 or q.shape[-1] > 128:
-        return f"takes head sizes that are multiples of 8 up to 128, found {q.shape[-1]}"
+def _cudnn_limit(head_dim: int, dtype: Any) -> str | None:
+    """What stops cuDNN's flash kernel from taking such heads, or None."""
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes bfloat16 and float16, found {jnp.dtype(dtype)}"
+    if head_dim % 8 or head_dim > 128:
+        return f"takes head sizes that are multiples of 8 up to 128, found {head_dim}"
     return None
 
 
@@ -180,7 +227,7 @@ def splash_blocks(num_tokens: int) -> tuple[int, int, int]:
 
 
 def _splash(q, k, v, scale):
-    """JAX's TPU kernel on one device; a sharded caller wraps `attention` in `jax.shard_map`."""
+    """JAX's TPU kernel."""
     # Importing Pallas takes seconds; only programs that may run on a TPU pay for it.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -202,19 +249,24 @@ def _splash(q, k, v, scale):
     if padded != num_queries:
         ids = (jnp.arange(padded) >= num_queries).astype(jnp.int32)
         segments = splash.SegmentIds(q=ids, kv=ids)
-    mask = splash.MultiHeadMask([splash.FullMask((padded, padded))] * q.shape[1])
 
     def run(interpret, q, k, v):
-        kernel = splash.make_splash_mha_single_device(mask, block_sizes=blocks, interpret=interpret)
+        mask = splash.MultiHeadMask([splash.FullMask((padded, padded))] * q.shape[1])
+        kernel = splash.make_splash_mha_single_device(
+            mask, block_sizes=blocks, residual_checkpoint_name=SAVED_NAME, interpret=interpret
+        )
         return jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=segments))(q, k, v)
 
-    q = (q.astype(jnp.float32) * scale).astype(q.dtype)  # the kernel does not scale
-    out = lax.platform_dependent(
-        *(jnp.pad(x, padding) for x in (q, k, v)),
-        cpu=functools.partial(run, True),
-        default=functools.partial(run, False),
-    )
-    return out[:, :, :num_queries]
+    def on_device(q, k, v):
+        q = (q.astype(jnp.float32) * scale).astype(q.dtype)  # the kernel does not scale
+        out = lax.platform_dependent(
+            *(jnp.pad(x, padding) for x in (q, k, v)),
+            cpu=functools.partial(run, True),
+            default=functools.partial(run, False),
+        )
+        return out[:, :, :num_queries]
+
+    return _on_each_device(on_device, q, k, v)
 
 
 _BACKENDS = {"chunked": _chunked, "cudnn": _cudnn, "splash": _splash}
