@@ -12,11 +12,13 @@ import threading
 from collections.abc import Callable, Mapping
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 HEARTBEAT_TIMEOUT_S = 30  # JAX's own is 100
 JOIN_TIMEOUT_S = 300
 SHUTDOWN_TIMEOUT_S = 60
+TEXT_BYTES = 8192  # of what each process tells the others
 TASKS_VARIABLES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
 
 
@@ -75,6 +77,26 @@ def join_detected() -> None:
     """
     if in_cluster(os.environ):
         join("auto", None, None)
+
+
+def from_first(text: str) -> str:
+    """`text` of process 0, on every process; for all to call, and each waits for it."""
+    if jax.process_count() == 1:
+        return text
+    data = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
+    buffer = data if jax.process_index() == 0 else np.zeros(size, np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer))).decode() if size else ""
+
+
+def from_all(text: str) -> list[str]:
+    """`text` of every process, in their order and cut to `TEXT_BYTES`; for all to call."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode()[:TEXT_BYTES], np.uint8)
+    padded = np.pad(data, (0, TEXT_BYTES - data.size))
+    gathered = np.asarray(multihost_utils.process_allgather(padded))
+    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in gathered]
 
 
 class StopRequest:

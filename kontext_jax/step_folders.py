@@ -1,0 +1,131 @@
+"""The folder of one checkpoint: what lies in it, and whether it is as it was written.
+
+    STEP/arrays/{params, ema_params, opt_state, rest}/    by array_store
+    STEP/data_state.json, config.json
+    STEP/manifest.json                                    written last
+
+The manifest lists every other file with its size and CRC-32. A folder without one was never
+finished and is no checkpoint.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+
+from etils import epath
+
+from kontext_jax import checksums
+
+FORMAT = 1
+MANIFEST, ARRAYS, DATA_STATE, CONFIG = "manifest.json", "arrays", "data_state.json", "config.json"
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written, or none can be read."""
+
+
+def list_steps(directory: epath.PathLike) -> tuple[list[int], list[int]]:
+    """Steps in `directory` that were finished, and that were not, ascending; files go unchecked."""
+    directory = epath.Path(directory)
+    names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    finished, unfinished = [], []
+    for step in sorted(int(name) for name in names if name.isdecimal()):
+        is_finished = (directory / str(step) / MANIFEST).exists()
+        (finished if is_finished else unfinished).append(step)
+    return finished, unfinished
+
+
+def read_manifest(folder: epath.Path) -> checksums.Records:
+    """What the files of a finished checkpoint must be.
+
+    Raises:
+      CheckpointError: the manifest itself is damaged.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        version = manifest["format"]
+        files = {
+            str(name): (int(size), None if checksum is None else int(checksum, 16))
+            for name, (size, checksum) in manifest["files"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{MANIFEST}: not a manifest: {error!r}") from None
+    if version != FORMAT:
+        raise CheckpointError(f"{MANIFEST}: format {version!r}, expected {FORMAT}")
+    return files
+
+
+def find_damage(
+    folder: epath.Path, items: Iterable[str] | None = None, check_contents: bool = True
+) -> list[str]:
+    """One line for everything about a finished checkpoint that is not as it was written.
+
+    Args:
+      folder: of one step.
+      items: look only at these items of the arrays, and at the small files; None: at everything.
+      check_contents: whether to read the files rather than only their sizes.
+    """
+    try:
+        files = read_manifest(folder)
+    except CheckpointError as error:
+        return [str(error)]
+    if items is not None:
+        inside = tuple(f"{ARRAYS}/{item}/" for item in items)
+        files = {
+            name: entry
+            for name, entry in files.items()
+            if name.startswith(inside) or name.count("/") < 2
+        }
+    return checksums.find_damage(folder, files, check_contents)
+
+
+def as_json(files: checksums.Records) -> dict[str, list]:
+    """Records as JSON stores them."""
+    return {
+        name: [size, None if checksum is None else f"{checksum:08x}"]
+        for name, (size, checksum) in files.items()
+    }
+
+
+def manifest_json(step: int, files: Mapping[str, list]) -> str:
+    """The text of a manifest, from what `as_json` gave."""
+    return json.dumps(
+        {"format": FORMAT, "step": step, "files": dict(sorted(files.items()))}, indent=1
+    )
+
+
+def is_local(path: epath.PathLike) -> bool:
+    """Whether a path is of this machine's file system, not gs://…"""
+    return "://" not in os.fspath(path)
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The path, from the root where it is local."""
+    return epath.Path(os.path.abspath(path) if is_local(path) else path)
+
+
+def remove(folder: epath.Path) -> None:
+    """Removes a folder, or as much of it as can be."""
+    if is_local(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        folder.rmtree()
+
+
+def write_text(path: epath.Path, text: str) -> None:
+    """Writes a small file that is whole and durable once it has its name."""
+    if not is_local(path):
+        path.write_text(text)
+        return
+    partial = f"{os.fspath(path)}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
