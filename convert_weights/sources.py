@@ -19,6 +19,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
 from convert_weights.io import ForeignComponent, open_components
 from convert_weights.layouts import TITLES, guess_preset, preset_for, read_json_object
 from convert_weights.rules import WeightMismatchError
@@ -281,10 +283,13 @@ def open_foreign_bundle(path: str | Path, preset: str | None = None) -> checkpoi
 
 
 def _loader(component: ForeignComponent):
-    def load(dtype=None, device=None):
+    def load(dtype=None, device=None, edits=checkpoint.NO_EDITS):
         dtype = checkpoint.as_dtype(dtype)
-        return checkpoint.place_leaves(
-            component.leaves, lambda leaf: component.read_leaf(leaf, dtype), device
-        )
+
+        def read(path: str) -> np.ndarray:
+            stored = component.leaves[path].dtype
+            return checkpoint.read_edited(path, component.read_leaf, dtype, stored, edits)
+
+        return checkpoint.place_leaves(component.leaves, read, device)
 
     return load

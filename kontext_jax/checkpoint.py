@@ -7,6 +7,7 @@ config and a function that reads its weights now, so that nothing is in memory b
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -32,6 +33,7 @@ from kontext_jax.tensor_writing import SafetensorsWriter, write_folder, write_js
 if TYPE_CHECKING:  # converting and inspecting weights must not wait for jax to be imported
     import jax
 
+    from kontext_jax.adapters import AppliedAdapter
     from kontext_jax.types import Params
 
 FORMAT = 1
@@ -40,6 +42,9 @@ KINDS = tuple(CONFIG_CLASSES)
 TOKENIZERS = ("t5", "clip")
 ASSETS = Path(__file__).parent / "assets"
 
+Edits = Mapping[str, Callable[[np.ndarray], np.ndarray]]
+NO_EDITS: Edits = {}
+
 
 @dataclasses.dataclass
 class Component:
@@ -47,8 +52,9 @@ class Component:
 
     Attributes:
       config: its sizes.
-      load: `load(dtype=None, device=None) -> params` reads the weights now, leaf by leaf, each
-        straight to `device` (a device or a sharding) and in `dtype`; None keeps the stored one.
+      load: `load(dtype=None, device=None, edits={}) -> params` reads the weights now, leaf by leaf,
+        each straight to `device` (a device or a sharding) and in `dtype`; None keeps the stored
+        one. `edits` maps paths of leaves to functions that change their float32 values on the way.
     """
 
     config: Config
@@ -65,6 +71,7 @@ class ModelBundle:
       tokenizer_dirs: folders of Hugging Face tokenizer files, "t5" and "clip".
       source: one line for the user: where the weights came from.
       identity: hash over the weights' headers, sizes and samples of their bytes.
+      adapters: what `adapters.with_adapters` merges into the weights, in this order.
     """
 
     preset: Preset
@@ -72,6 +79,7 @@ class ModelBundle:
     tokenizer_dirs: dict[str, Path]
     source: str
     identity: str
+    adapters: tuple[AppliedAdapter, ...] = ()
 
 
 def as_dtype(dtype) -> np.dtype | None:
@@ -91,6 +99,19 @@ def place_leaves(
     for path in paths:
         leaves[path] = jax.device_put(read(path), device).block_until_ready()
     return unflatten(leaves)
+
+
+def read_edited(
+    path: str,
+    read: Callable[[str, np.dtype | None], np.ndarray],
+    dtype: np.dtype | None,
+    stored: np.dtype,
+    edits: Edits,
+) -> np.ndarray:
+    """`read(path, dtype)`, changed in float32 by its entry of `edits` and then rounded once."""
+    if path not in edits:
+        return read(path, dtype)
+    return cast(edits[path](read(path, np.dtype(np.float32))), dtype or stored, path)
 
 
 def fingerprint(readers: Mapping[str, TensorReader]) -> str:
@@ -147,10 +168,16 @@ def _read_leaf(file: SafetensorsFile, path: str, dtype: np.dtype | None) -> np.n
 
 
 def _own_component(directory: Path, kind: str) -> Component:
-    def load(dtype=None, device=None) -> Params:
+    def load(dtype=None, device=None, edits: Edits = NO_EDITS) -> Params:
         dtype = as_dtype(dtype)
         with open_params(directory, kind) as file:
-            return place_leaves(file.tensors, lambda path: _read_leaf(file, path, dtype), device)
+
+            def read(path: str) -> np.ndarray:
+                stored = file.tensors[path].dtype
+                leaf = functools.partial(_read_leaf, file)
+                return read_edited(path, leaf, dtype, stored, edits)
+
+            return place_leaves(file.tensors, read, device)
 
     return Component(read_config(directory, kind), load)
 
@@ -317,11 +344,15 @@ def untrained_bundle(preset_name: str) -> ModelBundle:
 
 
 def _untrained_component(kind: str, config: Config) -> Component:
-    def load(dtype=None, device=None) -> Params:
+    def load(dtype=None, device=None, edits: Edits = NO_EDITS) -> Params:
         shapes = dict(sorted(flatten(parameter_shapes(kind, config))))
-        target = as_dtype(dtype) or np.dtype(np.float32)
+        float32 = np.dtype(np.float32)
+
+        def leaf(path: str, dtype: np.dtype | None) -> np.ndarray:
+            return cast(_untrained_leaf(kind, path, shapes), dtype, path)
+
         return place_leaves(
-            shapes, lambda path: _untrained_leaf(kind, path, shapes).astype(target), device
+            shapes, lambda p: read_edited(p, leaf, as_dtype(dtype), float32, edits), device
         )
 
     return Component(config, load)

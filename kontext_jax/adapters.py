@@ -1,0 +1,183 @@
+"""LoRA adapters on their way into weights: what they change, in our layout, and the merging.
+
+    kernel + scale · factor · a·b      for every adapted kernel [*in, *out]; factor = alpha / rank
+    bias   + scale · bias              where a file's b has one (BFL's control LoRAs)
+    norm scales                        replaced, whatever the scale (likewise)
+
+Sampling merges: the sums are made leaf by leaf in float32 while the weights are read, and rounded
+once, so that the network that runs is the one without adapters. Training keeps them apart
+(`models/lora.py`). Files in the published layouts are read and written by `convert_weights`.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kontext_jax.checkpoint import ModelBundle
+from kontext_jax.tensor_files import flatten
+
+Place = tuple[str, int | None]  # a module or leaf of ours, and the layer where it is stacked
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """The change of one kernel in one layer."""
+
+    a: np.ndarray  # float32 [*in, rank]
+    b: np.ndarray  # float32 [rank, *out]
+    factor: float  # alpha / rank
+    bias: np.ndarray | None = None  # float32 [*out]
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[-1]
+
+    def kernel_change(self, scale: float) -> np.ndarray:
+        """scale · factor · a·b, float32 [*in, *out]."""
+        inner, outer = self.a.shape[:-1], self.b.shape[1:]
+        a = self.a.reshape(math.prod(inner), self.rank)
+        b = self.b.reshape(self.rank, math.prod(outer)) * np.float32(scale * self.factor)
+        return (a @ b).reshape(*inner, *outer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Changes:
+    """What an adapter does to one network."""
+
+    low_rank: Mapping[Place, LowRank]  # by module
+    replaced: Mapping[Place, np.ndarray] = dataclasses.field(default_factory=dict)  # by leaf
+
+    def ranks(self) -> list[int]:
+        """The different ranks that occur."""
+        return sorted({change.rank for change in self.low_rank.values()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A LoRA: changes by network ("mmdit", "clip", "t5").
+
+    Attributes:
+      name: where it came from, for the user and for a picture's metadata.
+      sha256: of the file, or of the values.
+      layout: of the file.
+      dtype: that the file stores; the values here are float32.
+    """
+
+    name: str
+    sha256: str
+    networks: Mapping[str, Changes]
+    layout: str = "kontext_jax"
+    dtype: np.dtype = dataclasses.field(default_factory=lambda: np.dtype(np.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class AppliedAdapter:
+    """An adapter that a model's weights are merged with, as a picture's metadata names it."""
+
+    name: str
+    sha256: str
+    scale: float
+
+
+def adapter_from_tree(lora: Mapping[str, Any], alpha: float, name: str) -> Adapter:
+    """The transformer's adapter of a training run, layer by layer.
+
+    Args:
+      lora: as `models.lora.init_lora` lays it out, on host or device.
+      alpha: of its config.
+      name: of the run.
+    """
+    leaves = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(lora)}
+    digest = hashlib.sha256(f"alpha {alpha}".encode())
+    low_rank: dict[Place, LowRank] = {}
+    for path in sorted(leaves):
+        digest.update(path.encode() + leaves[path].tobytes())
+        module, _, factor_name = path.rpartition("/")
+        if factor_name != "a":
+            continue
+        a, b = leaves[path], leaves[f"{module}/b"]
+        factor = alpha / a.shape[-1]
+        if a.ndim == 2:  # outside the stacks every module contracts one axis
+            low_rank[module, None] = LowRank(a, b, factor)
+        else:
+            for layer in range(len(a)):
+                low_rank[module, layer] = LowRank(a[layer], b[layer], factor)
+    return Adapter(name, digest.hexdigest(), {"mmdit": Changes(low_rank)})
+
+
+LeafEdit = Callable[[np.ndarray], np.ndarray]
+
+
+def leaf_edits(changes: Sequence[tuple[Changes, float]]) -> dict[str, LeafEdit]:
+    """What merging does to each leaf: functions of its float32 values, which they may overwrite.
+
+    Args:
+      changes: of one network, each with its scale; they are added in this order.
+
+    Raises:
+      ValueError: two of them replace the same parameter.
+    """
+    steps: dict[str, list[tuple[int | None, Callable[[np.ndarray], None]]]] = {}
+    replaced: set[Place] = set()
+    for change, scale in changes:
+        for (module, layer), low_rank in change.low_rank.items():
+            add = functools.partial(_add_product, low_rank, scale)
+            steps.setdefault(f"{module}/kernel", []).append((layer, add))
+            if low_rank.bias is not None:
+                add = functools.partial(_add, low_rank.bias * np.float32(scale))
+                steps.setdefault(f"{module}/bias", []).append((layer, add))
+        if both := replaced & change.replaced.keys():
+            path = min(both)[0]
+            raise ValueError(
+                f"two of the LoRAs replace {path}, as control LoRAs do; apply one of them alone"
+            )
+        replaced |= change.replaced.keys()
+        for (path, layer), value in change.replaced.items():
+            put = functools.partial(_put, value)
+            steps.setdefault(path, []).append((layer, put))
+    return {path: functools.partial(_apply, todo) for path, todo in steps.items()}
+
+
+def _apply(steps, leaf: np.ndarray) -> np.ndarray:
+    for layer, step in steps:
+        step(leaf if layer is None else leaf[layer])
+    return leaf
+
+
+def _add_product(low_rank: LowRank, scale: float, kernel: np.ndarray) -> None:
+    kernel += low_rank.kernel_change(scale)
+
+
+def _add(value: np.ndarray, leaf: np.ndarray) -> None:
+    leaf += value
+
+
+def _put(value: np.ndarray, leaf: np.ndarray) -> None:
+    leaf[...] = value
+
+
+def with_adapters(bundle: ModelBundle, adapters: Sequence[tuple[Adapter, float]]) -> ModelBundle:
+    """The model with adapters merged into its weights as they are loaded.
+
+    Args:
+      bundle: without adapters.
+      adapters: with their scales; 1 is the strength they were trained at.
+
+    Raises:
+      ValueError: the bundle has adapters already, or two of these exclude each other.
+    """
+    if bundle.adapters:
+        raise ValueError("this model has adapters already; apply all of them at once")
+    components = dict(bundle.components)
+    for kind in components:
+        changes = [(a.networks[kind], scale) for a, scale in adapters if kind in a.networks]
+        if changes:
+            load = functools.partial(components[kind].load, edits=leaf_edits(changes))
+            components[kind] = dataclasses.replace(components[kind], load=load)
+    applied = tuple(AppliedAdapter(a.name, a.sha256, float(scale)) for a, scale in adapters)
+    return dataclasses.replace(bundle, components=components, adapters=applied)
