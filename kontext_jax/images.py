@@ -129,11 +129,15 @@ def decode_picture(file: BinaryIO, name: str) -> tuple[np.ndarray, tuple[str, ..
 def picture_size(file: BinaryIO, name: str) -> tuple[int, int]:
     """(width, height) in pixels of an open picture file, upright, from its header alone.
 
+    A PNG may tell its orientation behind the pixels, where this does not look.
+
     Raises:
       ValueError: as `decode_picture`, as far as the header tells.
     """
     with _opened(file, name) as image:
         width, height = image.size
+        if image.format == "PNG" and "exif" not in image.info:
+            return width, height  # asked for EXIF, Pillow would decode everything to look for it
         sideways = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
     return (height, width) if sideways else (width, height)
 

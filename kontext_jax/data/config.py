@@ -5,7 +5,6 @@ import math
 
 from kontext_jax import latents
 
-FORMATS = ("auto", "folder", "parquet", "webdataset", "array_record")
 ON_BAD_SAMPLE = ("skip", "stop")
 
 
@@ -18,7 +17,6 @@ class DataConfig:
         its pictures, parquet files, WebDataset tars, or ArrayRecord files of `write_array_record`.
       weights: how often an epoch shows each example of each source, one number per source; () is
         once each. 2.0 shows all twice, 0.5 another half every epoch.
-      format: "auto" to tell by the files, or "folder", "parquet", "webdataset", "array_record".
       target_column: column (or member of a tar, without its file type) of the picture to be made;
         "" to find it among the usual names. So are the next two.
       context_columns: columns of the references, in order; each may hold a list.
@@ -47,7 +45,6 @@ class DataConfig:
 
     sources: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
-    format: str = "auto"
     target_column: str = ""
     context_columns: tuple[str, ...] = ()
     text_column: str = ""
@@ -71,7 +68,6 @@ class DataConfig:
 
     def check(self) -> None:
         """Raises ValueError for values that are out of range or contradict each other."""
-        _check_choice("format", self.format, FORMATS)
         _check_choice("on_bad_sample", self.on_bad_sample, ON_BAD_SAMPLE)
         self._check_sources()
         self._check_sizes()

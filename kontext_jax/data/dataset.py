@@ -1,0 +1,217 @@
+"""The examples of a config: opened, indexed, sorted out, and given their sizes."""
+
+import collections
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable
+
+import numpy as np
+
+from kontext_jax.data.buckets import Kind, aspect_mismatch, assign_kinds, bucket_sizes
+from kontext_jax.data.config import DataConfig
+from kontext_jax.data.examples import BadSample, ColumnNames, Example, Source
+from kontext_jax.data.filters import make_filter
+from kontext_jax.data.index import FILTERED, Index, Problem, build_index, decode_example, hash_id
+from kontext_jax.data.sources import open_sources
+
+NO_TEXT = "no text"
+NO_REFERENCE = "no reference"
+MISMATCH = "mismatched aspect ratios"
+HAS_REFERENCES = "left out: has references"
+_TOLD = 5  # samples of each reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Examples by number, and what is used of them.
+
+    Attributes:
+      starts: int [sources + 1], number of the first example of each source.
+      problems: why the examples that are not used are not, by number.
+      kind_of: int [N], index into `kinds`; -1 for what is not used.
+      repeats: float [N], how often an epoch shows each.
+    """
+
+    sources: tuple[Source, ...]
+    starts: np.ndarray
+    index: Index
+    problems: dict[int, Problem]
+    kinds: tuple[Kind, ...]
+    kind_of: np.ndarray
+    repeats: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.kind_of)
+
+    def example(self, number: int) -> Example:
+        """Raises BadSample where a record cannot be understood."""
+        source = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return self.sources[source][number - int(self.starts[source])]
+
+    def pictures(self, number: int, num_contexts: int) -> tuple[Example, list[np.ndarray]]:
+        """An example, and the pixels of its target and its first references.
+
+        Raises:
+          BadSample: a picture that cannot be decoded, or not what the index tells of.
+        """
+        example = self.example(number)
+        pictures = decode_example(example, num_contexts)
+        sizes = np.array([(picture.shape[1], picture.shape[0]) for picture in pictures])
+        indexed = self.index.sizes[number, : num_contexts + 1]
+        if self.index.ids[number] != hash_id(example.id) or not np.array_equal(sizes, indexed):
+            raise BadSample(
+                "changed since it was indexed",
+                f"sample {example.id}: its pictures are {sizes.tolist()} pixels, the index tells "
+                f"of {indexed.tolist()}; delete the index",
+            )
+        return example, pictures
+
+    def name(self, number: int) -> str:
+        """The id of an example, or the place of one that has none."""
+        try:
+            return self.example(number).id
+        except BadSample:
+            source = int(np.searchsorted(self.starts, number, side="right")) - 1
+            return f"{self.sources[source].name}/{number - int(self.starts[source])}"
+
+    def counts(self) -> dict[str, int]:
+        """How many samples are not used, by reason."""
+        return dict(collections.Counter(problem.reason for problem in self.problems.values()))
+
+    def fingerprint(self) -> str:
+        """Changes when the examples, their kinds or their repeats do."""
+        content = hashlib.blake2b(digest_size=16)
+        for array in (self.index.ids, self.kind_of.astype(np.int32), self.repeats):
+            content.update(np.ascontiguousarray(array).tobytes())
+        content.update("\n".join(map(str, self.kinds)).encode())
+        return content.hexdigest()
+
+
+def is_bad(reason: str) -> bool:
+    """Whether a reason is a defect of the sample, not a choice of the user's."""
+    return reason != HAS_REFERENCES and not reason.startswith(FILTERED)
+
+
+def open_dataset(
+    config: DataConfig,
+    *,
+    index_dir: str | os.PathLike | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    barrier: Callable[[], None] | None = None,
+    tell: Callable[[str], None] = print,
+) -> Dataset:
+    """Opens the sources of a config and makes or reads their index.
+
+    Args:
+      index_dir: where the index is kept unless `config.index_dir` says; None to keep none.
+      process_index, process_count, barrier: see `build_index`.
+      tell: is given a line on what was found, by process 0 alone.
+
+    Raises:
+      ValueError: sources or options that cannot be used.
+      BadSample: a bad sample, where the config says to stop.
+    """
+    config.check()
+    buckets = bucket_sizes(config.resolution, config.buckets)
+    folder = config.index_dir or index_dir
+    columns = ColumnNames(
+        config.target_column, tuple(config.context_columns), config.text_column, config.id_column
+    )
+    filter = make_filter(config.filter_function, config.filter_command)
+    try:
+        sources = open_sources(config.sources, columns=columns, index_dir=folder)
+        index = build_index(
+            sources,
+            index_dir=folder,
+            filter=filter,
+            verify=config.verify,
+            threads=config.threads,
+            process_index=process_index,
+            process_count=process_count,
+            barrier=barrier,
+            tell=tell,
+        )
+    finally:
+        if filter is not None:
+            filter.close()
+    starts = np.cumsum([0, *map(len, sources)])
+    kind_of, kinds = assign_kinds(index.sizes, buckets)
+    weights = config.weights or (1.0,) * len(sources)
+    dataset = Dataset(
+        sources=tuple(sources),
+        starts=starts,
+        index=index,
+        problems={},
+        kinds=kinds,
+        kind_of=kind_of,
+        repeats=np.repeat(np.array(weights, float), np.diff(starts)),
+    )
+    dataset = dataclasses.replace(dataset, problems=_problems(dataset, config))
+    _raise_or_tell(dataset, config, tell if process_index == 0 else lambda _: None)
+    return _without_problems(dataset)
+
+
+def _problems(dataset: Dataset, config: DataConfig) -> dict[int, Problem]:
+    index = dataset.index
+    problems = dict(index.problems)
+
+    def add(which: np.ndarray, reason: str, message: str) -> None:
+        for number in np.flatnonzero(which):
+            if int(number) not in problems:
+                name = dataset.name(int(number))
+                problems[int(number)] = Problem(reason, f"sample {name}: {message}")
+
+    add(~index.has_text, NO_TEXT, "its text is empty")
+    contexts = index.num_contexts
+    if config.fraction_with_references == 1:
+        add(contexts == 0, NO_REFERENCE, "fraction_with_references is 1 and it has no reference")
+    if config.fraction_with_references == 0:
+        add(contexts > 0, HAS_REFERENCES, "fraction_with_references is 0")
+    if config.largest_aspect_mismatch:
+        mismatch = aspect_mismatch(index.sizes)
+        add(
+            mismatch > config.largest_aspect_mismatch,
+            MISMATCH,
+            "aspect ratios of target and reference differ by a factor above "
+            f"{config.largest_aspect_mismatch:g}",
+        )
+    return problems
+
+
+def _raise_or_tell(dataset: Dataset, config: DataConfig, tell: Callable[[str], None]) -> None:
+    by_reason: dict[str, list[str]] = {}
+    for _, problem in sorted(dataset.problems.items()):
+        by_reason.setdefault(problem.reason, []).append(problem.message)
+    bad = {reason: messages for reason, messages in by_reason.items() if is_bad(reason)}
+    if bad and config.on_bad_sample == "stop":
+        reason, messages = next(iter(bad.items()))
+        number = sum(map(len, bad.values()))
+        raise BadSample(
+            reason,
+            f"{messages[0]} ({reason}; the first of {number} bad samples). Mend the data "
+            '(python -m kontext_jax.data.check lists them), or set data.on_bad_sample to "skip"',
+        )
+    for source in dataset.sources:
+        tell(f"data: {source.name}: {len(source):,} samples; {source.columns}")
+    for reason, messages in by_reason.items():
+        tell(f"data: {len(messages):,} samples not used: {reason}")
+        for message in messages[:_TOLD]:
+            tell(f"  {message}")
+        if len(messages) > _TOLD:
+            tell(
+                f"  and {len(messages) - _TOLD:,} more; python -m kontext_jax.data.check lists all"
+            )
+
+
+def _without_problems(dataset: Dataset) -> Dataset:
+    """Leaves out bad samples, and kinds that have no other."""
+    kind_of = dataset.kind_of.copy()
+    kind_of[list(dataset.problems)] = -1
+    used = np.unique(kind_of[kind_of >= 0])
+    renumbered = np.full(len(dataset.kinds) + 1, -1)
+    renumbered[used] = np.arange(len(used))
+    return dataclasses.replace(
+        dataset, kinds=tuple(dataset.kinds[k] for k in used), kind_of=renumbered[kind_of]
+    )

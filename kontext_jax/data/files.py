@@ -1,0 +1,21 @@
+"""Small files that are never half written, on disk or in a bucket."""
+
+import os
+import threading
+from collections.abc import Callable
+from typing import BinaryIO
+
+from etils import epath
+
+
+def write_beside(path: epath.Path, write: Callable[[BinaryIO], None]) -> None:
+    """Writes a file beside its place and renames it; the last of several writers stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.parent / f".{path.name}.{os.getpid()}.{threading.get_ident()}.part"
+    try:
+        with part.open("wb") as file:
+            write(file)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

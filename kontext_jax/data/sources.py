@@ -1,0 +1,184 @@
+"""Data sets on disk: opens a folder or files as examples by number, whatever their format.
+
+What opening reads is small: the metadata file of a folder, the footers of parquet files, the
+headers of tars (once: they are kept beside the index), the index of ArrayRecord files.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from kontext_jax.data.examples import (
+    BadSample,
+    ColumnNames,
+    Example,
+    Source,
+    digest,
+    find_columns,
+    make_example,
+)
+from kontext_jax.data.pair_records import ArrayRecordSource
+from kontext_jax.data.parquet import ParquetSource
+from kontext_jax.data.tars import TarSource
+
+METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+_SUFFIXES = {
+    ".parquet": ParquetSource,
+    ".tar": TarSource,
+    ".array_record": ArrayRecordSource,
+    ".arrayrecord": ArrayRecordSource,
+}
+
+
+def open_sources(
+    paths: Sequence[str],
+    *,
+    columns: ColumnNames | None = None,
+    index_dir: str | os.PathLike | None = None,
+) -> list[Source]:
+    """Opens several sources, each under a name of its own; see `open_source`."""
+    sources, names = [], set()
+    for path in paths:
+        name = base = source_name(path)
+        number = 2
+        while name in names:
+            name, number = f"{base}.{number}", number + 1
+        names.add(name)
+        sources.append(open_source(path, columns=columns, name=name, index_dir=index_dir))
+    if columns not in (None, ColumnNames()) and all(
+        isinstance(source, ArrayRecordSource) for source in sources
+    ):
+        raise ValueError(
+            f"data source {paths[0]} has no columns to choose from (data.target_column, "
+            "context_columns, text_column, id_column): its records say themselves what is what"
+        )
+    return sources
+
+
+def source_name(path: str) -> str:
+    """What a source is called unless told: its folder, or its file without suffix."""
+    root = epath.Path(path)
+    if root.name in METADATA_FILES or "*" in root.name:
+        root = root.parent
+    return root.name.removesuffix(root.suffix) if root.suffix in _SUFFIXES else root.name or "data"
+
+
+def open_source(
+    path: str,
+    *,
+    columns: ColumnNames | None = None,
+    name: str = "",
+    index_dir: str | os.PathLike | None = None,
+) -> Source:
+    """Opens a folder, a file, or files by a pattern such as DIR/train-*.parquet.
+
+    A folder holds metadata.jsonl or metadata.csv beside its pictures, or files of one kind:
+    .parquet, .tar (WebDataset) or .array_record.
+
+    Args:
+      columns: the columns that are named rather than found.
+      name: comes before every id; `source_name` if empty.
+      index_dir: where the headers of tars are kept.
+
+    Raises:
+      FileNotFoundError: nothing there.
+      ValueError: no such data in it, or columns that cannot be told.
+    """
+    root, columns, name = epath.Path(path), columns or ColumnNames(), name or source_name(path)
+    if "*" in root.name:
+        files = sorted(root.parent.glob(root.name))
+    elif not root.exists():
+        raise FileNotFoundError(f"data source {path}: no such file or folder")
+    elif root.is_dir():
+        metadata = [root / file for file in METADATA_FILES if (root / file).exists()]
+        if len(metadata) > 1:
+            raise ValueError(
+                f"data source {path} has {' and '.join(METADATA_FILES)}; name the file to use"
+            )
+        if metadata:
+            return FolderSource(metadata[0], columns, name)
+        files = sorted(file for suffix in _SUFFIXES for file in root.glob(f"**/*{suffix}"))
+    elif root.name.endswith((".jsonl", ".csv")):
+        return FolderSource(root, columns, name)
+    else:
+        files = [root]
+    kinds = {_SUFFIXES.get(file.suffix) for file in files}
+    if len(kinds) != 1 or None in kinds:
+        found = ", ".join(sorted({file.suffix or file.name for file in files})) or "no files"
+        raise ValueError(
+            f"data source {path} has {found}; expected metadata.jsonl or metadata.csv beside "
+            f"pictures, or files of one kind: {', '.join(_SUFFIXES)}"
+        )
+    return kinds.pop()(files, columns, name, index_dir)
+
+
+class FolderSource(Source):
+    """Pictures listed in metadata.jsonl or metadata.csv, as in Hugging Face's imagefolder.
+
+    The text is kept as it is and a line parsed when asked for: rows would take ten times the
+    memory.
+    """
+
+    def __init__(self, metadata: epath.Path, columns: ColumnNames, name: str):
+        self.name, self.files = name, [metadata]
+        self._metadata, self._folder = str(metadata), str(metadata.parent)
+        text = metadata.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        self._content = digest(text.hex())
+        if metadata.name.endswith(".csv"):
+            rows = csv.DictReader(io.StringIO(text.decode(), newline=""))
+            text = b"\n".join(json.dumps(row).encode() for row in rows)
+        self._text = text
+        ends = np.flatnonzero(np.frombuffer(text + b"\n", np.uint8) == ord("\n"))
+        starts = np.concatenate([[0], ends[:-1] + 1])
+        filled = [i for i, (a, b) in enumerate(zip(starts, ends, strict=True)) if text[a:b].strip()]
+        self._starts, self._ends, self._lines = starts[filled], ends[filled], np.array(filled) + 1
+        names: dict[str, None] = {}
+        problem = "it is empty"
+        for i in range(len(self)):
+            try:
+                names |= dict.fromkeys(self._row(i))
+            except BadSample as error:
+                problem = str(error)
+        if not names:
+            raise ValueError(f"data source {metadata} has no sample: {problem}")
+        self.columns = find_columns(names, columns, f"data source {metadata}")
+        # One target may have been made from several pictures, or told of in several ways.
+        targets = [self._target_name(i) for i in range(len(self))]
+        self._number_ids = len(set(targets)) < len(targets)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> Example:
+        own_id = self._target_name(index)
+        if self._number_ids or not own_id:
+            own_id += f"#{self._lines[index]}"
+        return make_example(
+            self._row(index), self.columns, own_id=own_id, source=self.name, folder=self._folder
+        )
+
+    def _target_name(self, index: int) -> str:
+        try:
+            value = self._row(index).get(self.columns.target)
+        except BadSample:
+            value = None
+        return value if isinstance(value, str) else ""
+
+    def _row(self, index: int) -> Mapping[str, Any]:
+        try:
+            row = json.loads(self._text[self._starts[index] : self._ends[index]])
+            if not isinstance(row, dict):
+                raise ValueError(f"found {type(row).__name__}")
+        except ValueError as error:
+            place = f"{self._metadata}, line {self._lines[index]}"
+            raise BadSample("malformed record", f"{place} is no JSON object: {error}") from None
+        return row
+
+    def identity(self) -> str:
+        return digest(str(self.columns), self._content)
