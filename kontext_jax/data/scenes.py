@@ -1,0 +1,441 @@
+"""A procedural world: pictures of simple objects, captions, and edits whose exact result is known.
+
+Up to three objects stand on a 3×3 grid. An edit is drawn as a change of the scene, so its target is
+rendered, not guessed, and `parse` reads a scene back from pixels: what a model made can be graded.
+
+Everything is a function of (world, split, seed, index). One in five combinations, decided by a hash
+of their names, never occurs in training: pairs (shape, colour), and pairs (edit, position) where
+the position is that of the object that is changed, added or removed, or where it is moved to. The
+split "held_out" consists of edits that touch such a combination, "seen" of edits that do not.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+SHAPES = ("circle", "square", "triangle", "cross", "diamond", "ring")
+# Grey levels (as in `gray`) of all colours and backgrounds differ by 7 or more, so that scenes
+# without colour can still be read.
+COLOURS = {
+    "red": (215, 40, 40),
+    "blue": (40, 70, 215),
+    "green": (50, 185, 70),
+    "yellow": (245, 220, 50),
+    "purple": (165, 60, 200),
+    "cyan": (60, 215, 225),
+}
+BACKGROUNDS = {
+    "white": (238, 238, 238),
+    "black": (24, 24, 24),
+    "gray": (150, 150, 150),
+    "pink": (255, 170, 190),
+}
+FILLS = ("flat", "gradient", "texture")
+SIZES = {"big": 9.0, "small": 5.5}  # radii in pixels of a 64×64 picture
+POSITIONS = (
+    *("top left", "top", "top right"),
+    *("left", "center", "right"),
+    *("bottom left", "bottom", "bottom right"),
+)
+STYLE_OF_EDIT = {"invert": "inverted", "gray": "gray"}
+OBJECT_EDITS = ("recolor", "remove", "add", "move", "resize", "swap")
+PICTURE_EDITS = ("background", "invert", "gray", "keep")
+CAPTION = "caption"  # text to image
+
+Split = Literal["train", "seen", "held_out"]
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Thing:
+    """One object; `position` counts the cells of the grid row by row."""
+
+    position: int
+    shape: str
+    colour: str
+    size: str
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        return self.shape, self.colour
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """All there is to know of a picture; `things` are in the order of their positions."""
+
+    things: tuple[Thing, ...]
+    background: str
+    fill: str = "flat"
+    style: str = "plain"
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """What scenes are made of.
+
+    Attributes:
+      kinds: what examples are: edits, or "caption" for text to image; each as often as the others.
+    """
+
+    size_px: int = 64
+    shapes: tuple[str, ...] = SHAPES
+    colours: tuple[str, ...] = tuple(COLOURS)
+    backgrounds: tuple[str, ...] = tuple(BACKGROUNDS)
+    fills: tuple[str, ...] = FILLS
+    max_things: int = 3
+    kinds: tuple[str, ...] = OBJECT_EDITS + PICTURE_EDITS
+
+    def __post_init__(self):
+        for field, known in (
+            ("shapes", SHAPES),
+            ("colours", tuple(COLOURS)),
+            ("backgrounds", tuple(BACKGROUNDS)),
+            ("fills", FILLS),
+            ("kinds", (*OBJECT_EDITS, *PICTURE_EDITS, CAPTION)),
+        ):
+            if unknown := sorted(set(getattr(self, field)) - set(known)):
+                raise ValueError(f"{field}: no {', '.join(unknown)}; there are {', '.join(known)}")
+        if len(self.shapes) < 2 or len(self.colours) < 2 or len(self.backgrounds) < 2:
+            raise ValueError("a world needs two shapes, two colours and two backgrounds at least")
+        if not 1 <= self.max_things <= 3:
+            raise ValueError(f"max_things is {self.max_things}; it must be 1, 2 or 3")
+        if self.size_px % 16 or self.size_px < 32:
+            raise ValueError(f"size_px is {self.size_px}; it must be a multiple of 16, 32 or more")
+
+    @property
+    def styles(self) -> tuple[str, ...]:
+        """Styles that pictures of this world can have."""
+        return "plain", *(style for kind, style in STYLE_OF_EDIT.items() if kind in self.kinds)
+
+    @functools.cached_property
+    def held_out_pairs(self) -> frozenset[tuple[str, str]]:
+        """One in five pairs (shape, colour)."""
+        return _lowest_fifth(itertools.product(self.shapes, self.colours))
+
+    @functools.cached_property
+    def held_out_positions(self) -> frozenset[tuple[str, int]]:
+        """One in five positions for each kind of edit of an object."""
+        cells = range(len(POSITIONS))
+        fifths = (_lowest_fifth((kind, cell) for cell in cells) for kind in OBJECT_EDITS)
+        return frozenset().union(*fifths)
+
+
+_EASY_KINDS = ("recolor", "remove", "add", "move", "swap", "background", "keep")
+WORLDS = {
+    "easy": World(
+        shapes=SHAPES[:4],
+        colours=tuple(COLOURS)[:4],
+        fills=("flat",),
+        max_things=2,
+        kinds=_EASY_KINDS,
+    ),
+    "full": World(),
+}
+
+
+def _lowest_fifth(combinations) -> frozenset:
+    def rank(combination) -> bytes:
+        return hashlib.sha256(" ".join(map(str, combination)).encode()).digest()
+
+    ranked = sorted(combinations, key=rank)
+    return frozenset(ranked[: round(len(ranked) / 5)])
+
+
+# Pictures
+
+
+def _distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
+    """Signed distance in pixels to the outline of a shape of radius r, negative inside; y down."""
+    ax, ay = np.abs(x), np.abs(y)
+    if shape == "circle":
+        return np.hypot(x, y) - r
+    if shape == "square":
+        return np.maximum(ax, ay) - 0.85 * r
+    if shape == "triangle":
+        return np.maximum(y - 0.7 * r, (1.7 * ax - 0.95 * (y + r)) / np.hypot(1.7, 0.95))
+    if shape == "cross":
+        bar = 0.34 * r
+        return np.minimum(np.maximum(ax - r, ay - bar), np.maximum(ax - bar, ay - r))
+    if shape == "diamond":
+        return (ax + ay - r) / np.sqrt(2)
+    return np.abs(np.hypot(x, y) - 0.7 * r) - 0.28 * r  # ring
+
+
+@functools.cache
+def _coverage(shape: str, size: str, position: int, size_px: int) -> np.ndarray:
+    """How much of each pixel an object covers: float32 [height, width, 1] in [0, 1]."""
+    scale = size_px / 64
+    row, column = divmod(position, 3)
+    centre_x, centre_y = ((12 + 20 * cell) * scale - 0.5 for cell in (column, row))
+    y, x = np.mgrid[:size_px, :size_px].astype(np.float32)
+    distance = _distance(shape, x - centre_x, y - centre_y, SIZES[size] * scale)
+    return np.clip(0.5 - distance, 0, 1).astype(np.float32)[..., None]
+
+
+@functools.cache
+def _backdrop(background: str, fill: str, size_px: int) -> np.ndarray:
+    """Float32 [height, width, 3] in [0, 255]."""
+    y, x = np.mgrid[:size_px, :size_px].astype(np.float32) / size_px
+    if fill == "gradient":
+        light = 20 * (2 * y - 1)
+    elif fill == "texture":
+        light = 14 * np.sin(2 * np.pi * 8 * (x + y))
+    else:
+        light = np.zeros_like(x)
+    return np.clip(np.float32(BACKGROUNDS[background]) + light[..., None], 0, 255)
+
+
+def _restyle(pixels: np.ndarray, style: str) -> np.ndarray:
+    """Float pixels in a style; inverting twice is the identity."""
+    if style == "inverted":
+        return 255 - pixels
+    if style == "gray":
+        luma = pixels @ np.float32((0.299, 0.587, 0.114))
+        return np.repeat(luma[..., None], 3, axis=-1)
+    return pixels
+
+
+def render(scene: Scene, size_px: int = 64) -> np.ndarray:
+    """The picture of a scene, anti-aliased: uint8 [size_px, size_px, 3]."""
+    pixels = _backdrop(scene.background, scene.fill, size_px)
+    for thing in scene.things:
+        coverage = _coverage(thing.shape, thing.size, thing.position, size_px)
+        pixels = pixels + coverage * (np.float32(COLOURS[thing.colour]) - pixels)
+    return np.rint(_restyle(pixels, scene.style)).astype(np.uint8)
+
+
+def change_mask(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Where an edit changes anything: bool [height, width]."""
+    return (source != target).any(axis=-1)
+
+
+# Reading pictures
+
+
+@functools.cache
+def _cell_slices(size_px: int) -> tuple[tuple[slice, slice], ...]:
+    edges = [round((2 + 20 * i) * size_px / 64) for i in range(4)]
+    spans = [slice(a, b) for a, b in itertools.pairwise(edges)]
+    return tuple(itertools.product(spans, spans))
+
+
+@functools.cache
+def _gaps(size_px: int) -> np.ndarray:
+    """Pixels that no object can cover: bool [height, width]."""
+    covered = np.zeros((size_px, size_px), bool)
+    for shape, position in itertools.product(SHAPES, range(len(POSITIONS))):
+        covered |= _coverage(shape, "big", position, size_px)[..., 0] > 0
+    return ~covered
+
+
+@functools.lru_cache(maxsize=512)
+def _cell_templates(world: World, background: str, fill: str, style: str, cell: int):
+    """What a cell can look like: what stands there, and float32 [K, pixels·3]."""
+    backdrop = _backdrop(background, fill, world.size_px)
+    choices: list[tuple[str, str, str] | None] = [None]
+    choices += itertools.product(world.shapes, world.colours, SIZES)
+    looks = []
+    for choice in choices:
+        pixels = backdrop
+        if choice is not None:
+            coverage = _coverage(choice[0], choice[2], cell, world.size_px)
+            pixels = backdrop + coverage * (np.float32(COLOURS[choice[1]]) - backdrop)
+        looks.append(_restyle(pixels, style)[_cell_slices(world.size_px)[cell]].ravel())
+    return choices, np.stack(looks)
+
+
+def parse(pixels: np.ndarray, world: World) -> Scene:
+    """The scene of the world that a picture resembles most.
+
+    For each style the background is what fits best where no object can be; then each cell of the
+    grid is compared with everything that could stand in it. The style with the least squared
+    difference wins; an empty scene, which may look alike in two, is plain.
+
+    Args:
+      pixels: uint8 [size_px, size_px, 3].
+
+    Raises:
+      ValueError: the picture has another size than the world's.
+    """
+    if pixels.shape != (world.size_px, world.size_px, 3):
+        raise ValueError(
+            f"a picture of shape {pixels.shape}; this world's are {world.size_px}×{world.size_px}"
+        )
+    seen = pixels.astype(np.float32)
+    return min((_parse_style(seen, world, style) for style in world.styles), key=lambda p: p[1])[0]
+
+
+def _parse_style(seen: np.ndarray, world: World, style: str) -> tuple[Scene, float]:
+    """The most similar scene in a style, and the squared difference that remains."""
+    gaps = _gaps(world.size_px)
+
+    def misfit(choice: tuple[str, str]) -> float:
+        expected = _restyle(_backdrop(*choice, world.size_px), style)
+        return float(np.square(seen[gaps] - expected[gaps]).sum())
+
+    background, fill = min(itertools.product(world.backgrounds, world.fills), key=misfit)
+    remaining = misfit((background, fill))
+    if style != "plain":
+        remaining += seen.size  # one grey level everywhere
+    things = []
+    for cell, where in enumerate(_cell_slices(world.size_px)):
+        choices, looks = _cell_templates(world, background, fill, style, cell)
+        differences = np.square(looks - seen[where].ravel()).sum(axis=1)
+        best = int(differences.argmin())
+        remaining += float(differences[best])
+        if choices[best] is not None:
+            things.append(Thing(cell, *choices[best]))
+    return Scene(tuple(things), background, fill, style), remaining
+
+
+# Examples
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneExample:
+    """An edit, or with no source a captioned picture.
+
+    Attributes:
+      id: says how to draw it again.
+      kind: of edit, or "caption".
+      text: the instruction or caption.
+      position: the cell that an edit of an object is about, where it is moved to; None otherwise.
+      pairs: (shape, colour) of the objects that it is about, before and after.
+    """
+
+    id: str
+    kind: str
+    source: Scene | None
+    target: Scene
+    text: str
+    position: int | None
+    pairs: frozenset[tuple[str, str]]
+
+
+def caption(scene: Scene) -> str:
+    """For instance "big red circle top left, small blue ring center, pink background"."""
+    things = [f"{t.size} {t.colour} {t.shape} {POSITIONS[t.position]}" for t in scene.things]
+    return ", ".join([*things, f"{scene.background} background"])
+
+
+class SceneSource:
+    """Examples of a world by index, drawn when asked for.
+
+    Args:
+      split: "train" and "seen" have no held-out combination anywhere, and differ in what is drawn;
+        every example of "held_out" is about one.
+      count: how many there are.
+    """
+
+    def __init__(self, world: World, split: Split = "train", seed: int = 0, count: int = 100_000):
+        if split not in (splits := ("train", "seen", "held_out")):
+            raise ValueError(f"split is {split!r}; expected one of {', '.join(splits)}")
+        self.world, self.split, self.seed, self.count = world, split, seed, count
+        self._split_index = splits.index(split)
+        pairs = sorted(itertools.product(world.shapes, world.colours))
+        if split != "held_out":
+            pairs = [pair for pair in pairs if pair not in world.held_out_pairs]
+        self._pairs = pairs
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> SceneExample:
+        if not 0 <= index < self.count:
+            raise IndexError(f"index {index} of {self.count} scenes")
+        rng = np.random.default_rng([self.seed, self._split_index, index])
+        kind = _choose(rng, self.world.kinds)
+        while True:
+            example = self._draw(rng, kind, f"{self.split}-{self.seed}-{index}")
+            if example is not None and self.is_held_out(example) == (self.split == "held_out"):
+                return example
+
+    def is_held_out(self, example: SceneExample) -> bool:
+        """Whether the example is about a combination that training never shows."""
+        return bool(
+            example.pairs & self.world.held_out_pairs
+            or (example.kind, example.position) in self.world.held_out_positions
+        )
+
+    def _draw(self, rng: np.random.Generator, kind: str, name: str) -> SceneExample | None:
+        """An example of a kind, or None if the scene that was drawn does not allow it."""
+        scene = self._draw_scene(rng)
+        if kind == CAPTION:
+            pairs = frozenset(t.pair for t in scene.things)
+            return SceneExample(name, kind, None, scene, caption(scene), None, pairs)
+        if kind in PICTURE_EDITS:
+            target, text = self._edit_picture(rng, kind, scene)
+            pairs = frozenset(t.pair for t in scene.things)
+            return SceneExample(name, kind, scene, target, text, None, pairs)
+        return self._edit_object(rng, kind, scene, name)
+
+    def _draw_scene(self, rng: np.random.Generator) -> Scene:
+        world = self.world
+        number = int(rng.integers(1, world.max_things + 1))
+        cells = sorted(rng.choice(len(POSITIONS), number, replace=False).tolist())
+        # No two objects alike, so that colour and shape say which one is meant.
+        pairs = rng.choice(len(self._pairs), number, replace=False).tolist()
+        things = [
+            Thing(cell, *self._pairs[pair], _choose(rng, tuple(SIZES)))
+            for cell, pair in zip(cells, pairs, strict=True)
+        ]
+        return Scene(tuple(things), _choose(rng, world.backgrounds), _choose(rng, world.fills))
+
+    def _edit_picture(self, rng, kind: str, scene: Scene) -> tuple[Scene, str]:
+        if kind == "background":
+            others = [name for name in self.world.backgrounds if name != scene.background]
+            name = _choose(rng, others)
+            return dataclasses.replace(scene, background=name), f"make the background {name}"
+        if kind == "keep":
+            return scene, "keep the picture"
+        look = "negative" if kind == "invert" else "gray"
+        target = dataclasses.replace(scene, style=STYLE_OF_EDIT[kind])
+        return target, f"make the picture {look}"
+
+    def _edit_object(self, rng, kind: str, scene: Scene, name: str) -> SceneExample | None:
+        things = scene.things
+        taken = {t.pair for t in things}
+        free_pairs = [pair for pair in self._pairs if pair not in taken]
+        free_cells = sorted(set(range(len(POSITIONS))) - {t.position for t in things})
+        old = _choose(rng, things)
+        before = f"the {old.colour} {old.shape}"
+        if kind == "add":
+            if len(things) == self.world.max_things:
+                return None
+            pair = _choose(rng, free_pairs)
+            old, new = None, Thing(_choose(rng, free_cells), *pair, _choose(rng, tuple(SIZES)))
+            text = f"add a {new.size} {new.colour} {new.shape} at the {POSITIONS[new.position]}"
+        elif kind == "remove":
+            new, text = None, f"remove {before}"
+        elif kind == "move":
+            new = dataclasses.replace(old, position=_choose(rng, free_cells))
+            text = f"move {before} to the {POSITIONS[new.position]}"
+        elif kind == "resize":
+            new = dataclasses.replace(old, size="small" if old.size == "big" else "big")
+            text = f"make {before} {'bigger' if new.size == 'big' else 'smaller'}"
+        else:
+            same = 0 if kind == "recolor" else 1  # what of (shape, colour) stays
+            pairs = [pair for pair in free_pairs if pair[same] == old.pair[same]]
+            if not pairs:
+                return None
+            shape, colour = _choose(rng, pairs)
+            new = dataclasses.replace(old, shape=shape, colour=colour)
+            text = (
+                f"make {before} {colour}" if kind == "recolor" else f"turn {before} into a {shape}"
+            )
+        rest = tuple(t for t in things if t != old)
+        target = dataclasses.replace(
+            scene, things=tuple(sorted((*rest, new) if new is not None else rest))
+        )
+        about = [t for t in (old, new) if t is not None]
+        pairs = frozenset(t.pair for t in about)
+        return SceneExample(name, kind, scene, target, text, about[-1].position, pairs)
+
+
+def _choose(rng: np.random.Generator, options: Sequence):
+    return options[int(rng.integers(len(options)))]
