@@ -60,6 +60,12 @@ class VAEConfig:
     norm_groups: int = 32
     latent_scale: float = 0.3611  # latents = latent_scale · (z − latent_shift)
     latent_shift: float = 0.1159
+    patch: int = 1  # patch × patch pixels enter and leave as one cell; 1 in all published models
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels along one side of a latent cell."""
+        return self.patch * 2 ** (len(self.ch_mult) - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +181,25 @@ PRESETS = {
             default_num_steps=8,
             max_text_tokens=128,
             megapixels=0.065536,
+        ),
+        Preset(  # learns the scenes of `kontext_jax.data.scenes` on two CPU cores
+            "tiny-scenes",
+            dataclasses.replace(
+                _TINY_MMDIT, vec_in_dim=128, context_in_dim=128, guidance_embed=False
+            ),
+            vae=VAEConfig(ch=48, ch_mult=(1, 1), num_res_blocks=1, norm_groups=8, patch=4),
+            t5=T5Config(vocab_size=1024, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4),
+            clip=CLIPConfig(
+                vocab_size=1024,
+                hidden_size=128,
+                intermediate_size=256,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+            ),
+            shift_timesteps=False,
+            default_num_steps=20,
+            max_text_tokens=16,
+            megapixels=0.004096,
         ),
     )
 }

@@ -12,6 +12,9 @@ the picture; the others stand for zero padding), and the group norms receive the
 whole map as `moments`. `vae_tiling` walks the same steps in that way.
 
 Group norms and the swish behind them are computed in float32 whatever the compute dtype.
+
+With `patch` above 1 the picture is folded before the first step and unfolded after the last, which
+spares small networks the feature maps at full resolution, where CPUs are slowest.
 """
 
 from typing import Any
@@ -288,8 +291,26 @@ class Level(nn.Module):
         return blocks + ((getattr(self, self.resample),) if self.resample else ())
 
 
+def fold_patches(image: Array, patch: int) -> Array:
+    """[B, patch·h, patch·w, C] → [B, h, w, patch·patch·C]; NumPy stays NumPy."""
+    if patch == 1:
+        return image
+    batch, height, width, channels = image.shape
+    x = image.reshape(batch, height // patch, patch, width // patch, patch, channels)
+    return x.swapaxes(2, 3).reshape(batch, height // patch, width // patch, -1)
+
+
+def unfold_patches(x: Array, patch: int) -> Array:
+    """Inverse of `fold_patches`."""
+    if patch == 1:
+        return x
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height, width, patch, patch, channels // patch**2)
+    return x.swapaxes(2, 3).reshape(batch, height * patch, width * patch, -1)
+
+
 class Encoder(nn.Module):
-    """Image [B, h, w, 3] → moments of the posterior, [B, h/8, w/8, 2Z]."""
+    """Folded image [B, h, w, 3·patch²] → moments of the posterior, [B, …, 2Z]."""
 
     config: VAEConfig
     dtype: Dtype
@@ -321,7 +342,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Unscaled latents [B, h/8, w/8, Z] → image [B, h, w, 3]."""
+    """Unscaled latents [B, h/8, w/8, Z] → folded image [B, h/patch, w/patch, 3·patch²]."""
 
     config: VAEConfig
     dtype: Dtype
@@ -340,7 +361,7 @@ class Decoder(nn.Module):
             )
             setattr(self, f"up_{i}", level)
         self.norm_out = GroupNorm(c.norm_groups, self.dtype)
-        self.conv_out = Conv(c.out_channels, self.dtype)
+        self.conv_out = Conv(c.out_channels * c.patch**2, self.dtype)
 
     def steps(self) -> tuple[nn.Module, ...]:
         """What is applied to the latents, in this order."""
@@ -367,7 +388,7 @@ class VAE(nn.Module):
     @property
     def downsampling(self) -> int:
         """Pixels along one side of a latent cell."""
-        return 2 ** (len(self.config.ch_mult) - 1)
+        return self.config.downsampling
 
     def __call__(self, image: Array) -> Array:
         """The reconstruction of an image through its mean latents; touches every parameter."""
@@ -381,7 +402,7 @@ class VAE(nn.Module):
             ValueError: The sides of the image are not multiples of `downsampling`.
         """
         self.check_image(image.shape)
-        return self.split_moments(self.encoder(image))
+        return self.split_moments(self.encoder(fold_patches(image, self.config.patch)))
 
     @typed
     def encode(self, image: Image, *, key: Array | None = None) -> Latents:
@@ -394,7 +415,7 @@ class VAE(nn.Module):
 
         Latents are unscaled in the dtype in which they come, then rounded to the compute dtype.
         """
-        return self.decoder(self.from_latents(latents))
+        return unfold_patches(self.decoder(self.from_latents(latents)), self.config.patch)
 
     def check_image(self, shape: tuple[int, ...]) -> None:
         """Refuses an image [B, height, width, 3] that the latent grid does not divide."""

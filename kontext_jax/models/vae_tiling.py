@@ -34,7 +34,9 @@ from kontext_jax.models.vae import (
     Moments,
     ResnetBlock,
     Upsample,
+    fold_patches,
     group_moments,
+    unfold_patches,
 )
 from kontext_jax.types import Params
 
@@ -55,7 +57,8 @@ def encode_tiled(
     image = np.asarray(image)
     vae.check_image(image.shape)
     encoder = vae.bind({"params": params}).encoder
-    moments = _run(encoder, image.astype(vae.dtype), vae, tile_px)
+    folded = fold_patches(image.astype(vae.dtype), vae.config.patch)
+    moments = _run(encoder, folded, vae, tile_px)
     return vae.to_latents(*vae.split_moments(jnp.asarray(moments)), key=key)
 
 
@@ -70,7 +73,8 @@ def decode_tiled(vae: VAE, params: Params, latents: Any, tile_px: int) -> np.nda
         ValueError: `tile_px` is not a multiple of `vae.downsampling`.
     """
     z = np.asarray(vae.from_latents(jnp.asarray(latents)))
-    return _run(vae.bind({"params": params}).decoder, z, vae, tile_px)
+    image = _run(vae.bind({"params": params}).decoder, z, vae, tile_px)
+    return unfold_patches(image, vae.config.patch)
 
 
 def vae_peak_bytes(
@@ -87,13 +91,14 @@ def vae_peak_bytes(
         tile_px: As given to `decode_tiled`; None for the whole picture at once.
     """
     widths = [config.ch * mult for mult in config.ch_mult]
-    cell = 2 ** (len(widths) - 1)
+    cell = config.downsampling
     latent_height, latent_width = -(-height_px // cell), -(-width_px // cell)
     itemsize = jnp.dtype(dtype).itemsize
     if tile_px is not None:
         grid = _Grid(latent_height, latent_width, tile_px // cell)
         keys_and_values = 2 * widths[-1] * latent_height * latent_width
         latent_height, latent_width = grid.tile_height, grid.tile_width
+    cell //= config.patch  # cells of the finest map that the network has
     num_values = []  # while the first block of each level runs
     for i, (width, wider) in enumerate(zip(widths, widths[1:] + widths[-1:], strict=True)):
         area = latent_height * latent_width * (cell // 2**i) ** 2
@@ -136,7 +141,7 @@ def _run(network: nn.Module, x: np.ndarray, vae: VAE, tile_px: int) -> np.ndarra
     cell = vae.downsampling
     if tile_px < cell or tile_px % cell:
         raise ValueError(f"tile_px {tile_px} must be a positive multiple of {cell}")
-    factor = 1 if network.name == "decoder" else cell
+    factor = 1 if network.name == "decoder" else cell // vae.config.patch
     grid = _Grid(x.shape[1] // factor, x.shape[2] // factor, tile_px // cell)
     over_tiles = functools.partial(_over_tiles, grid=grid)
     groups = vae.config.norm_groups
