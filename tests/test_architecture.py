@@ -43,7 +43,10 @@ FLOORS = {
         "training_checkpoints",
         "adapters",
     ),
-    4: ("stages",),
+    4: (
+        "stages",
+        "training_bundle",
+    ),
     5: ("pipeline",),
     6: ("runs",),
 }

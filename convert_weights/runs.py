@@ -1,0 +1,166 @@
+"""A training run's folder as a source: the network that it trained, in any layout."""
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert_weights import notice
+from convert_weights.layouts import TITLES
+from convert_weights.sources import open_foreign_bundle
+from convert_weights.to_jax import Advance, Summary, require_room
+from convert_weights.to_torch import to_torch
+from kontext_jax import checkpoint
+from kontext_jax.models.presets import PRESETS, Config
+from kontext_jax.tensor_files import TensorInfo, dtype_name, flatten
+from kontext_jax.tensor_writing import SafetensorsWriter, write_folder, write_json
+from kontext_jax.training_bundle import TrainedTree, Which, is_run, open_run, training_bundle
+
+
+def open_weights(
+    path: str | Path,
+    preset: str | None = None,
+    *,
+    which: Which | None = None,
+    step: int | None = None,
+    complete: bool = True,
+) -> checkpoint.ModelBundle:
+    """The model at `path`: our directory, a training run's folder, or a published layout.
+
+    Args:
+      path: a folder, a file or a hub id.
+      preset: which model published weights are, where names do not tell.
+      which, step: of a run, as `training_bundle.open_run`.
+      complete: whether all networks and tokenizers must be there.
+
+    Raises:
+      ValueError, OSError: it cannot be opened, or is not what the arguments say.
+    """
+    if is_run(path):
+        bundle = training_bundle(
+            path, which, step, open_weights=lambda other: open_weights(other, complete=False)
+        )
+        missing = [kind for kind in checkpoint.KINDS if kind not in bundle.components]
+        missing += [
+            f"{k} tokenizer" for k in checkpoint.TOKENIZERS if k not in bundle.tokenizer_dirs
+        ]
+        if complete and missing:
+            raise ValueError(
+                f"{path} is a run that trained without {', '.join(missing)}, so it is no whole "
+                "model; export what it trained by `python -m convert_weights to-jax`"
+            )
+    elif which is not None or step is not None:
+        raise ValueError(f"{path} is no training run, so there is no step or average to choose")
+    elif (Path(path) / checkpoint.MANIFEST).is_file():
+        required = checkpoint.KINDS if complete else ()
+        bundle = checkpoint.open_bundle(path, required, require_tokenizers=complete)
+    else:
+        return open_foreign_bundle(path, preset)
+    if preset not in (None, bundle.preset.name):
+        raise ValueError(f"{path} holds {bundle.preset.name}, not {preset}; leave out --model")
+    return bundle
+
+
+def run_to_jax(
+    run: str | Path,
+    out: Path,
+    dtype: np.dtype | None = None,
+    which: Which | None = None,
+    step: int | None = None,
+    start: Callable[[int], Advance] = lambda total: lambda count: None,
+) -> Summary:
+    """Writes the network that a run trained to the weight directory `out`, leaf by leaf.
+
+    Adapters are merged into the network they belong to, which is then in memory as a whole.
+
+    Args:
+      run: the run's folder.
+      out: appears only when everything has been written.
+      dtype: of the parameters; None keeps the run's float32, or for adapters that of their base.
+      which, step: as `training_bundle.open_run`.
+      start: told the number of bytes, returns the progress callback.
+
+    Raises:
+      ValueError, OSError: and nothing is left on disk.
+    """
+    tree = open_run(run, which, step)
+    preset = PRESETS[tree.settings["preset"]]
+    config, leaves, infos = _trained_leaves(tree, dtype)
+    written = sum(info.nbytes for info in infos.values())
+    require_room(out, written)
+    advance = start(written)
+    derived = bool(tree.settings["weights"])  # what was drawn afresh is under nobody's licence
+    licence = notice.licence_of(preset, tree.kind == "mmdit") if derived else None
+    what = "trained by kontext_jax"
+    if dtype is not None:
+        what += f", stored as {dtype_name(dtype)}"
+
+    def fill(folder: Path) -> None:
+        (folder / tree.kind).mkdir()
+        write_json(folder / tree.kind / "config.json", checkpoint.config_json(tree.kind, config))
+        with SafetensorsWriter(folder / tree.kind / "params.safetensors", infos) as writer:
+            for path, leaf in leaves:
+                writer.write(path, np.asarray(leaf))
+                advance(infos[path].nbytes)
+        origin = f"{tree.source}; trained from {tree.settings['weights'] or 'nothing'}"
+        (folder / "NOTICE").write_text(notice.notice_text(origin, what, licence), "utf-8")
+        checkpoint.write_manifest(folder, preset.name, [tree.kind], tree.source, licence)
+
+    write_folder(out, fill)
+    return Summary(
+        components=[tree.kind],
+        num_parameters=sum(int(np.prod(info.shape)) for info in infos.values()),
+        num_bytes=written,
+        preset=preset.name,
+        dtypes=sorted({dtype_name(info.dtype) for info in infos.values()}),
+        notes=[tree.source, f"the {TITLES[tree.kind]} alone, which is what was trained"],
+    )
+
+
+def _trained_leaves(
+    tree: TrainedTree, dtype: np.dtype | None
+) -> tuple[Config, Iterable[tuple[str, Any]], Mapping[str, TensorInfo]]:
+    """Config of the network, its leaves as they come, and their dtypes and shapes by path."""
+    if tree.is_lora:
+        bundle = open_weights(tree.run, which=tree.which, step=tree.step, complete=False)
+        component = bundle.components[tree.kind]
+        leaves = dict(sorted(flatten(component.load(dtype=dtype))))
+        infos = {path: TensorInfo(np.dtype(x.dtype), x.shape) for path, x in leaves.items()}
+        return component.config, leaves.items(), infos
+    tree.check()
+    infos = {
+        path: TensorInfo(dtype or np.dtype(leaf.dtype), tuple(leaf.shape))
+        for path, leaf in sorted(tree.leaves.items())
+    }
+    return tree.config, tree.read(dtype), infos
+
+
+def run_to_torch(
+    run: str | Path,
+    out: Path,
+    layout: str,
+    dtype: np.dtype | None = None,
+    max_shard_bytes: int = 10_000_000_000,
+    which: Which | None = None,
+    step: int | None = None,
+    start: Callable[[int], Advance] = lambda total: lambda count: None,
+) -> Summary:
+    """Writes the network that a run trained in a published layout, by way of our own.
+
+    Args:
+      run, which, step: as `run_to_jax`.
+      out, layout, dtype, max_shard_bytes, start: as `to_torch`.
+
+    Raises:
+      ValueError, OSError: and nothing is left on disk.
+    """
+    between = out.with_name(out.name + ".weights")
+    try:
+        notes = run_to_jax(run, between, dtype, which, step).notes
+        summary = to_torch(between, out, layout, dtype, max_shard_bytes, start)
+    finally:
+        shutil.rmtree(between, ignore_errors=True)
+    summary.notes[:0] = notes
+    return summary
