@@ -42,13 +42,16 @@ FLOORS = {
         "optimizer",
         "training_checkpoints",
         "adapters",
+        "flops",
     ),
     4: (
         "stages",
         "training_bundle",
+        "train_config",
+        "sample_grid",
     ),
-    5: ("pipeline",),
-    6: ("runs",),
+    5: ("pipeline", "training_tasks", "training_data"),
+    6: ("runs", "train_loop"),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
