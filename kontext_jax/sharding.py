@@ -34,6 +34,7 @@ SMALL_PARAMETER = 2**20  # elements
 MESH_AXES: dict[str, tuple[str, ...]] = {
     # activations
     "batch": BATCH_AXES,
+    "rows": ("slice", "data"),  # of a batch whose other axis is split over fsdp
     "tokens": (),
     "width": (),
     # activations and parameters

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from kontext_jax.sharding import constrain
+
 NORM_EPS = 1e-6
 TIME_FACTOR = 1000  # t and guidance are multiplied by this before their sinusoids
 TIME_EMBED_DIM = 256
@@ -36,46 +38,50 @@ def _contract(x: jax.Array, kernel: jax.Array, num_axes: int, **kwargs) -> jax.A
     return lax.dot_general(x, kernel, (axes, ((), ())), **kwargs)
 
 
-def matmul(x: jax.Array, kernel: jax.Array, num_axes: int = 1) -> jax.Array:
+def matmul(x: jax.Array, kernel: jax.Array, num_axes: int = 1, out_dtype: Any = None) -> jax.Array:
     """Contracts the last `num_axes` axes of x with the first of the kernel, float32 accumulator.
+
+    The product is rounded to x's dtype, or to `out_dtype`.
 
     A kernel stored in another dtype is cast to that of x, and its gradient is not: float32 master
     weights get the float32 sums over tokens, which then also travel between devices in float32.
     """
+    out_dtype = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
     if x.dtype == kernel.dtype:
-        return _product(_contract, num_axes, x, kernel)
-    return _mixed_matmul(x, kernel, num_axes)
+        return _product(_contract, num_axes, out_dtype, x, kernel)
+    return _mixed_matmul(x, kernel, num_axes, out_dtype)
 
 
-def _product(contract, num_axes: int, *factors: jax.Array) -> jax.Array:
-    """`contract(*factors, num_axes)`, in their dtype.
+def _product(contract, num_axes: int, out_dtype: Any, *factors: jax.Array) -> jax.Array:
+    """`contract(*factors, num_axes)`, in `out_dtype`.
 
     TPU and GPU accumulate in float32 by themselves. XLA's CPU backend has a fast bfloat16 path only
     if the product also leaves in float32, so there it is asked for and rounded afterwards.
     """
-    dtype = factors[0].dtype
-    if dtype == jnp.float32:
-        return contract(*factors, num_axes)
+    in_float32 = functools.partial(contract, num_axes=num_axes, preferred_element_type=jnp.float32)
+    if out_dtype == jnp.float32:
+        return in_float32(*factors)
     return lax.platform_dependent(
         *factors,
-        cpu=lambda *f: contract(*f, num_axes, preferred_element_type=jnp.float32).astype(dtype),
+        cpu=lambda *f: in_float32(*f).astype(out_dtype),
         default=lambda *f: contract(*f, num_axes),
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _mixed_matmul(x, kernel, num_axes):
-    return _product(_contract, num_axes, x, kernel.astype(x.dtype))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _mixed_matmul(x, kernel, num_axes, out_dtype):
+    return _product(_contract, num_axes, out_dtype, x, kernel.astype(x.dtype))
 
 
-def _mixed_matmul_fwd(x, kernel, num_axes):
-    return _mixed_matmul(x, kernel, num_axes), (x, kernel)
+def _mixed_matmul_fwd(x, kernel, num_axes, out_dtype):
+    return _mixed_matmul(x, kernel, num_axes, out_dtype), (x, kernel)
 
 
-def _mixed_matmul_bwd(num_axes, residuals, dy):
+def _mixed_matmul_bwd(num_axes, out_dtype, residuals, dy):
     x, kernel = residuals
+    dy = dy.astype(x.dtype)  # out_dtype is for the sums of the forward product
     num_rows = x.ndim - num_axes
-    dx = _product(_contract_outputs, num_axes, dy, kernel.astype(x.dtype))
+    dx = _product(_contract_outputs, num_axes, x.dtype, dy, kernel.astype(x.dtype))
     rows = tuple(range(num_rows))
     d_kernel = lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype)
     return dx, d_kernel
@@ -233,6 +239,10 @@ class Modulation(nn.Module):
 
     One kernel [N, D, chunks, D] serves the whole stack, outside its scan (`num_layers` None: one
     layer, without the axis N).
+
+    On a mesh each device multiplies the rows of its neighbours along `fsdp` with its own part of
+    the kernel, and the float32 sums travel: gathering the kernels, a quarter of the network, would
+    take gigabytes for a product with a handful of rows.
     """
 
     num_layers: int | None
@@ -249,16 +259,23 @@ class Modulation(nn.Module):
         kernel = self.param("kernel", init, (*stack, width, self.chunks, width))
         bias = self.param("bias", zeros, (*stack, self.chunks, width))
         rows = nn.silu(vec).astype(self.dtype).reshape(-1, width)
-        if self.num_layers is None:
-            out = add_bias(matmul(rows, kernel), bias)
-            if self.has_variable("lora", "a"):
-                out = out + low_rank_path(self, rows)
-        else:
+        rows = constrain(rows, "rows", "embed")
+        multiply = functools.partial(matmul, out_dtype=jnp.float32)
+        if self.num_layers is not None:
             # The layer is a batch axis of both factors. If the rows lacked it, XLA would first move
             # the contracted axis of the whole stack of kernels to the front: a copy of gigabytes.
             rows = jnp.broadcast_to(rows, (self.num_layers, *rows.shape))
-            out = add_bias(jax.vmap(matmul, out_axes=1)(rows, kernel), bias)
-            if self.has_variable("lora", "a"):
-                a, b = (self.get_variable("lora", name) for name in ("a", "b"))
-                out = out + jax.vmap(matmul, out_axes=1)(jax.vmap(matmul)(rows, a), b)
+            multiply = jax.vmap(multiply, out_axes=1)
+        out = multiply(rows, kernel)
+        if vec.ndim == 2:  # one time for each example
+            out = constrain(out, "batch", *(None for _ in out.shape[1:]))
+        out = add_bias(out.astype(self.dtype), bias)
+        if self.has_variable("lora", "a"):
+            out = out + self._low_rank_path(rows)
         return out.reshape(*vec.shape[:-1], *out.shape[1:])
+
+    def _low_rank_path(self, rows: jax.Array) -> jax.Array:
+        if self.num_layers is None:
+            return low_rank_path(self, rows)
+        a, b = (self.get_variable("lora", name) for name in ("a", "b"))
+        return jax.vmap(matmul, out_axes=1)(jax.vmap(matmul)(rows, a), b)

@@ -37,7 +37,7 @@ from kontext_jax.ops.rope import apply_rope
 from kontext_jax.sharding import constrain
 from kontext_jax.types import Params, VelocityFn
 
-Remat = Literal["none", "full", "save_attention", "save_qkv", "save_products"]
+Remat = Literal["none", "full", "save_attention", "save_outputs", "save_qkv", "save_products"]
 
 # Policy → the products of a block that are kept for the backward pass besides the block's input.
 # All but "none" (everything is kept) and "full" also keep what attention needs of its forward run.
@@ -45,6 +45,7 @@ REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
     "none": None,
     "full": None,
     "save_attention": (),
+    "save_outputs": ("block_out",),
     "save_qkv": ("qkv", "block_out"),
     "save_products": ("qkv", "block_out", "mlp"),
 }
