@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -72,23 +72,45 @@ class Timings:
         return "\n".join(f"  {stage:<{width}}  {seconds:8.2f} s" for stage, seconds in rows)
 
 
+class Clock(Protocol):
+    """What times a stage."""
+
+    def measure(self, stage: str) -> contextlib.AbstractContextManager[None]: ...
+
+
+OnCompiled = Callable[[Hashable, Any, float], None]
+"""`on_compiled(key, compiled, seconds)`, called for each program that was made."""
+
+
 class Executables:
     """Functions compiled ahead of time, one program for each set of shapes."""
 
-    def __init__(self, timings: Timings):
+    def __init__(self, timings: Clock, on_compiled: OnCompiled | None = None):
         self._timings = timings
+        self._on_compiled = on_compiled
         self._compiled: dict[Hashable, Any] = {}
 
-    def get(self, key: Hashable, make: Callable[[], Callable], *args: Any) -> Callable:
+    def get(
+        self, key: Hashable, make: Callable[[], Callable], *args: Any, **jit_options: Any
+    ) -> Callable:
         """The program of `make()` for arguments like `args`, whose call takes just such arguments.
 
         Args:
           key: names the function with all that it closes over: equal keys, equal functions.
+          jit_options: of `jax.jit`, the same for equal keys and shapes.
         """
         leaves, tree = jax.tree.flatten(args)
-        shapes = tuple((jax.numpy.shape(x), jax.numpy.result_type(x)) for x in leaves)
+        shapes = tuple((jax.numpy.shape(x), _dtype(x)) for x in leaves)
         full_key = (key, tree, shapes)
         if full_key not in self._compiled:
+            start = time.perf_counter()
             with self._timings.measure("compile"):
-                self._compiled[full_key] = jax.jit(make()).lower(*args).compile()
+                compiled = jax.jit(make(), **jit_options).lower(*args).compile()
+            self._compiled[full_key] = compiled
+            if self._on_compiled is not None:
+                self._on_compiled(key, compiled, time.perf_counter() - start)
         return self._compiled[full_key]
+
+
+def _dtype(x: Any) -> Any:
+    return x.dtype if hasattr(x, "dtype") else jax.numpy.result_type(x)

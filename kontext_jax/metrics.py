@@ -149,7 +149,7 @@ def _number(value: Any) -> float | int | None:
 class Speed:
     """How fast the run goes, over the steps since the figures were last asked for.
 
-    Time under `pause` (compiling, evaluating, saving) counts towards nothing but its own name.
+    Time under `measure` (compiling, evaluating, saving) counts towards nothing but its stage.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class Speed:
     ):
         self._clock = clock
         self._peak_flops = peak_flops
-        self.paused_s: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
         self._restart()
 
     def _restart(self) -> None:
@@ -167,14 +167,14 @@ class Speed:
         self._flops: float | None = 0.0
 
     @contextlib.contextmanager
-    def pause(self, what: str) -> Iterator[None]:
-        start = self._clock()
+    def measure(self, stage: str) -> Iterator[None]:
+        start, idle_before = self._clock(), self._idle_s
         try:
             yield
         finally:
             seconds = self._clock() - start
-            self._idle_s += seconds
-            self.paused_s[what] = self.paused_s.get(what, 0.0) + seconds
+            self._idle_s = idle_before + seconds  # stages inside this one are in it
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
     @contextlib.contextmanager
     def wait_for_data(self) -> Iterator[None]:
@@ -227,8 +227,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._num_steps, self._tell, self._every_s, self._clock = num_steps, tell, every_s, clock
-        self._rate_since = self._printed_at = clock()
-        self._rate_from = start_step
+        self._printed_at = clock()
         terminal = sys.stdout.isatty() if terminal is None else terminal
         self._bar = self._task = None
         if tell is not None and terminal:
@@ -246,14 +245,14 @@ class Progress:
         due = now - self._printed_at >= self._every_s or step == self._num_steps
         if self._bar is None and not due:
             return
-        line = self.line(step, loss, figures, now)
+        line = self.line(step, loss, figures)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=line)
         else:
             self._tell(line)
             self._printed_at = now
 
-    def line(self, step: int, loss: float | None, figures: Mapping[str, float], now: float) -> str:
+    def line(self, step: int, loss: float | None, figures: Mapping[str, float]) -> str:
         parts = [f"step {step}/{self._num_steps}"]
         if loss is not None:
             parts.append(f"loss {loss:.4f}")
@@ -267,9 +266,9 @@ class Progress:
             parts.append(f"MFU {figures['mfu']:.1%}")
         if figures.get("data_wait", 0) >= 0.01:
             parts.append(f"waits for data {figures['data_wait']:.0%}")
-        if step > self._rate_from and step < self._num_steps:
-            rate = (now - self._rate_since) / (step - self._rate_from)
-            parts.append(f"{duration(rate * (self._num_steps - step))} left")
+        if "step_time_s" in figures and step < self._num_steps:
+            left_s = figures["step_time_s"] * (self._num_steps - step)
+            parts.append(f"{duration(left_s)} left")
         return " · ".join(parts)
 
     def say(self, line: str) -> None:

@@ -63,7 +63,7 @@ def test_speed_leaves_out_pauses():
     clock = Clock()
     speed = metrics.Speed(peak_flops=100.0, clock=clock)
     assert speed.figures() == {}
-    with speed.pause("compile"):
+    with speed.measure("evaluate"), speed.measure("compile"):
         clock.now += 50
     for _ in range(4):
         with speed.wait_for_data():
@@ -77,7 +77,7 @@ def test_speed_leaves_out_pauses():
         "data_wait": 0.2,
         "mfu": 0.5,
     }
-    assert speed.paused_s == {"compile": 50.0}
+    assert speed.seconds == {"compile": 50.0, "evaluate": 50.0}
     assert speed.figures() == {}
 
 
@@ -94,7 +94,7 @@ def test_progress_prints_now_and_then_and_at_the_end():
     progress = metrics.Progress(100, 40, lines.append, every_s=10, terminal=False, clock=clock)
     for step in range(41, 101):
         clock.now += 3
-        progress.update(step, 0.5, {"images_per_s": 1.25, "mfu": 0.412})
+        progress.update(step, 0.5, {"images_per_s": 1.25, "mfu": 0.412, "step_time_s": 3.0})
     assert len(lines) == 15
     assert lines[0] == "step 44/100 · loss 0.5000 · 1.25 images/s · MFU 41.2% · 2 min 48 s left"
     assert lines[-1] == "step 100/100 · loss 0.5000 · 1.25 images/s · MFU 41.2%"

@@ -1,0 +1,469 @@
+"""Training: `train(config, workdir)`, one story in order, and `dry_run`, which computes nothing.
+
+    RUN/config.json           every setting; a run that goes on must have the same
+    RUN/checkpoints/STEP/     state, position in the data, settings
+    RUN/metrics.jsonl, RUN/tensorboard/, RUN/samples/STEP.png, RUN/profile/
+
+A step is a function of (state, batch, key of the run), and so is all that is random in it; the
+position in the data is saved with the state. A run that was interrupted therefore goes on as if
+nothing had happened, to the last bit where the devices compute the same.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh, NamedSharding
+
+from kontext_jax import config_tree, train_config
+from kontext_jax.checkpoint import Place
+from kontext_jax.compiling import Executables
+from kontext_jax.images import write_png
+from kontext_jax.metrics import MetricLog, Progress, RunFiles, Speed
+from kontext_jax.objectives.base import mean_metrics, use_key
+from kontext_jax.processes import StopRequest
+from kontext_jax.sample_grid import first_rows, make_grid
+from kontext_jax.sharding import (
+    activation_rules,
+    make_mesh,
+    num_batch_shards,
+    parameter_spec,
+    process_share,
+    state_shardings,
+)
+from kontext_jax.step_folders import write_text
+from kontext_jax.train_config import TrainConfig
+from kontext_jax.training_checkpoints import Checkpoints, config_difference
+from kontext_jax.training_data import Reading, held_out_batches, open_data
+from kontext_jax.training_tasks import Devices, OpenWeights, Task, make_task
+
+CONFIG_FILE, CHECKPOINTS, INDEX = "config.json", "checkpoints", "data_index"
+SAMPLES, PROFILE = "samples", "profile"
+
+# What may be another when a run goes on: nothing that decides what is computed.
+FREE_SETTINGS = (
+    "num_steps",
+    "max_skipped_in_a_row",
+    "attention_backend",
+    "remat",
+    "mesh.*",
+    "checkpoint.*",
+    "eval.*",
+    "log.*",
+    "data.threads",
+    "data.workers",
+    "data.prefetch",
+    "data.index_dir",
+)
+
+Tell = Callable[[str], None]
+
+
+def train(
+    config: TrainConfig, workdir: str, *, open_weights: OpenWeights, tell: Tell = print
+) -> int:
+    """Trains up to config.num_steps, going on from the newest checkpoint in `workdir`.
+
+    Every process of a run calls it alike.
+
+    Args:
+      workdir: RUN, a local folder or gs://….
+      open_weights: path of weights → their bundle.
+      tell: called with lines for the user, on every process.
+
+    Returns:
+      The last step that was finished: fewer than asked for after a signal to stop.
+
+    Raises:
+      ValueError: settings, data, weights, or the run in `workdir` do not fit each other.
+      FloatingPointError: no finite loss for config.max_skipped_in_a_row steps.
+      CheckpointError: the state cannot be saved, or nothing that was saved can be read.
+    """
+    with contextlib.ExitStack() as stack:
+        # What is trained, where, and on what. Nothing is on a device yet.
+        train_config.check_complete(config)
+        run = epath.Path(workdir)
+        checkpoints = stack.enter_context(_checkpoints(config, run, tell))
+        is_resumed = checkpoints.latest_step() is not None
+        if is_resumed:
+            check_same_run(run, config)
+        mesh = make_mesh(config.mesh)
+        check_batch_size(config, num_batch_shards(mesh))
+        task = make_task(config, open_weights)
+        abstract = abstract_state(task, mesh)
+        for line in describe(config, task, mesh, abstract):
+            tell(line)
+        reading = Reading(process_share(mesh), run / INDEX, tell)
+        data = stack.enter_context(open_data(config, reading, task.data_facts()))
+        batches = data.batches
+
+        # State: where the newest whole checkpoint left it, else from weights, else drawn.
+        stack.enter_context(activation_rules(mesh))
+        stack.enter_context(_precise(config))
+        speed = Speed(task.peak_flops(mesh))
+        programs = Executables(speed, lambda *program: tell(_compiled_line(*program)))
+        devices = Devices(mesh, _place(mesh), programs)
+        init_key, run_key, eval_key = _keys(config.seed, devices)
+        step, state, rows = 0, None, []
+        if is_resumed:
+            restored = checkpoints.restore(abstract)
+            step, state = restored.step, restored.state
+            batches.restore(restored.data_state["batches"])
+            rows = restored.data_state["metrics"]
+            tell(f"going on from step {step} of {run}")
+            del restored
+        else:
+            state = _first_state(task, devices, abstract, init_key)
+        frozen = task.load_frozen(devices.place)
+        feed = task.make_feed(devices, data.null_text)
+        held_out = held_out_batches(config, reading, task.data_facts())
+
+        journal = stack.enter_context(
+            contextlib.closing(Journal(config, run, step, rows, speed, tell))
+        )
+        journal.write_config(config)
+        stop = stack.enter_context(StopRequest(tell))
+        profile = stack.enter_context(contextlib.closing(Profile(config, journal)))
+
+        def step_program(batch: Any) -> Callable:
+            return programs.get(
+                "step",
+                lambda: task.objective.step,
+                *(state, frozen, batch, run_key),
+                donate_argnums=0,
+                out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), devices.everywhere),
+            )
+
+        def evaluate(params: Any) -> dict[str, float]:
+            """Mean metrics of the held-out examples, whose noise and times are always the same."""
+            measured = []
+            for index, batch in enumerate(held_out):
+                args = params, frozen, feed(batch), jax.random.fold_in(eval_key, index)
+                program = programs.get(
+                    "evaluate", lambda: task.objective.evaluate, *args,
+                    out_shardings=devices.everywhere,
+                )  # fmt: skip
+                measured.append(jax.device_get(program(*args)))
+            return mean_metrics(measured)
+
+        def save(wait: bool) -> None:
+            with speed.measure("save"):
+                data_state = {"batches": batches.state(), "metrics": journal.rows}
+                checkpoints.save(step, state, data_state, train_config.to_json(config), wait=wait)
+            journal.publish()
+
+        reason = None
+        while step < config.num_steps and reason is None:
+            profile.before(step + 1)
+            with speed.wait_for_data():
+                host_batch = next(batches)
+            batch = feed(host_batch)
+            state, measured = step_program(batch)(state, frozen, batch, run_key)
+            step += 1
+            # The step before is waited for while this one runs.
+            journal.finish_running(batches.counts)
+            journal.running = step, measured, task.work(batch)
+
+            reason = stop.after(step)
+            checkpoints.check()
+            ends = step == config.num_steps or reason is not None
+            if profile.ends_after(step) or ends:
+                journal.finish_running(batches.counts)
+                profile.close()
+            if _due(step, config.eval.every_steps):
+                journal.finish_running(batches.counts)
+                with speed.measure("evaluate"):
+                    journal.write("eval", step, evaluate(state.params))
+                    if state.ema_params is not None:
+                        journal.write("eval_ema", step, evaluate(state.ema_params))
+            if _due(step, config.eval.sample_every_steps):
+                journal.finish_running(batches.counts)
+                with speed.measure("sample"):
+                    best = state.params if state.ema_params is None else state.ema_params
+                    examples = first_rows(held_out[0], _rows_of_process(config, mesh))
+                    columns = feed.sample(best, frozen, examples)
+                    journal.show(step, make_grid(columns, config.eval.sample_rows), examples)
+            if _due(step, config.checkpoint.every_steps) or ends:
+                journal.finish_running(batches.counts)
+                save(wait=ends)
+        if reason is not None:
+            tell(f"{reason}: stopped after step {step}, which is saved; start again to go on")
+    return step
+
+
+def dry_run(
+    config: TrainConfig, workdir: str, *, open_weights: OpenWeights, tell: Tell = print
+) -> None:
+    """Checks settings, weights, data and the run in `workdir`; compiles nothing, trains nothing.
+
+    Raises:
+      ValueError: something does not fit.
+      CheckpointError: the newest checkpoint in `workdir` is damaged.
+    """
+    train_config.check_complete(config)
+    run = epath.Path(workdir)
+    latest = _checkpoints(config, run, tell).latest_step()
+    if latest is not None:
+        check_same_run(run, config)
+    mesh = make_mesh(config.mesh)
+    check_batch_size(config, num_batch_shards(mesh))
+    task = make_task(config, open_weights)
+    abstract = abstract_state(task, mesh)
+    for line in describe(config, task, mesh, abstract):
+        tell(line)
+    reading = Reading(process_share(mesh), run / INDEX, tell)
+    with open_data(config, reading, task.data_facts()) as data:
+        next(data.batches)
+        tell(
+            f"{data.examples_per_epoch:,.0f} examples an epoch, which are "
+            f"{data.examples_per_epoch / config.batch_size:,.1f} steps"
+        )
+    held_out = held_out_batches(config, reading, task.data_facts())
+    if held_out:
+        tell(f"{len(held_out)} batches of held-out examples")
+    if latest is None:
+        tell(f"{run}: a new run")
+    else:
+        tell(f"{run}: goes on from step {latest}")
+    tell("all is well; nothing was compiled")
+
+
+class Journal:
+    """What a run writes down as it goes; on all processes, of which the first alone writes.
+
+    Attributes:
+      rows: metrics of the finished steps that are not written yet; saved with the state, so that a
+        run that goes on writes the means that an unbroken one does.
+      running: step, its metrics on the devices, and its `Work`; None once it is finished.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: epath.Path,
+        step: int,
+        rows: list[dict[str, float]],
+        speed: Speed,
+        tell: Tell,
+    ):
+        self.rows, self.running = rows, None
+        self._config, self._run, self._speed = config, run, speed
+        self._figures: dict[str, float] = {}
+        self._is_first = jax.process_index() == 0
+        self.files = RunFiles(run) if self._is_first else None
+        if self._is_first:
+            self._log = MetricLog(self.files.local, step, config.log.tensorboard)
+        told = tell if self._is_first else None
+        self._progress = Progress(config.num_steps, step, told, config.log.print_every_s)
+
+    def write_config(self, config: TrainConfig) -> None:
+        if self._is_first:
+            write_text(self._run / CONFIG_FILE, train_config.to_json(config) + "\n")
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        if self._is_first:
+            self._log.write(kind, step, values)
+
+    def finish_running(self, counts: dict[str, int]) -> None:
+        """Waits for the running step, if one is, and notes what it measured.
+
+        Raises:
+          FloatingPointError: it was the last of too many in a row without finite numbers.
+        """
+        if self.running is None:
+            return
+        (step, measured, work), self.running = self.running, None
+        row = {name: float(value) for name, value in jax.device_get(measured).items()}
+        self._speed.count(*work)
+        self.rows.append(row)
+        is_lost = row["skipped_in_a_row"] >= self._config.max_skipped_in_a_row
+        if is_lost or _due(step, self._config.log.every_steps) or step == self._config.num_steps:
+            self.write("train", step, mean_metrics(self.rows))
+            self.rows.clear()
+            self._figures |= self._speed.figures()
+            counted = {f"data/{name}": count for name, count in counts.items()}
+            self.write("speed", step, self._figures | counted)
+        self._progress.update(step, row["loss"], self._figures)
+        if is_lost:
+            raise FloatingPointError(
+                f"the last {self._config.max_skipped_in_a_row} steps, up to {step}, gave no finite "
+                "loss or gradient and changed nothing; checkpoints are as they were. Lower "
+                "optimizer.learning_rate, lengthen optimizer.warmup_steps, or look at the data"
+            )
+
+    def show(self, step: int, picture: Any, examples: Any) -> None:
+        """Writes a picture uint8 [height, width, 3] of some held-out examples."""
+        if self._is_first:
+            told = {"step": step, "prompts": list(getattr(examples, "prompts", ()))}
+            write_png(self.files.local / SAMPLES / f"{step}.png", picture, told)
+            self._log.picture("samples", step, picture)
+
+    def publish(self) -> None:
+        if self._is_first:
+            self._log.flush()
+            self.files.publish()
+
+    def close(self) -> None:
+        self._progress.close()
+        if self._is_first:
+            self._log.close()
+            self.files.close()
+
+
+class Profile:
+    """Runs `jax.profiler` over the steps that the config names, on the first process."""
+
+    def __init__(self, config: TrainConfig, journal: Journal):
+        self._first_step = config.log.profile_from_step
+        self._last_step = self._first_step + config.log.profile_num_steps - 1
+        self._files, self._runs = journal.files, False
+
+    def before(self, step: int) -> None:
+        if self._files is not None and step == self._first_step:
+            jax.profiler.start_trace(str(self._files.local / PROFILE))
+            self._runs = True
+
+    def ends_after(self, step: int) -> bool:
+        return self._runs and step == self._last_step
+
+    def close(self) -> None:
+        if self._runs:
+            jax.profiler.stop_trace()
+            self._runs = False
+
+
+def _due(step: int, every_steps: int) -> bool:
+    return every_steps > 0 and step % every_steps == 0
+
+
+def _checkpoints(config: TrainConfig, run: epath.Path, tell: Tell) -> Checkpoints:
+    policy = config.checkpoint
+    return Checkpoints(
+        run / CHECKPOINTS,
+        policy.keep_last,
+        policy.keep_every,
+        policy.asynchronous,
+        policy.on_failed_save,
+        tell,
+    )
+
+
+def check_same_run(run: epath.Path, config: TrainConfig) -> None:
+    """Refuses to go on with a run by other settings than it began with.
+
+    Raises:
+      ValueError: they differ in what decides the result; every difference is listed.
+    """
+    path = run / CONFIG_FILE
+    if not path.exists():
+        raise ValueError(f"{run} holds checkpoints, but no {CONFIG_FILE} says of what; put it back")
+    # The rate of a decaying schedule depends on the number of steps.
+    free = set(FREE_SETTINGS) - (
+        {"num_steps"} if config.optimizer.schedule != "constant" else set()
+    )
+    lines = config_difference(json.loads(path.read_text()), config_tree.to_dict(config), free)
+    if lines:
+        raise ValueError(
+            f"{run} was begun with other settings (- then, + now):\n  " + "\n  ".join(lines)
+            + "\nset them back to go on, or begin a new run with another --workdir"
+        )  # fmt: skip
+
+
+def check_batch_size(config: TrainConfig, num_shards: int) -> None:
+    """Raises ValueError if batches or their parts do not divide among the devices."""
+    part = config.batch_size // config.accumulate_steps
+    if part % num_shards:
+        raise ValueError(
+            f"batch_size {config.batch_size} in {config.accumulate_steps} part(s) of {part} does "
+            f"not divide among {num_shards} groups of devices (mesh slices × data × fsdp); change "
+            "--config.batch_size, --config.accumulate_steps or --config.mesh"
+        )
+    if (held_out := config.eval.batch_size) % num_shards:
+        raise ValueError(
+            f"eval.batch_size {held_out} does not divide among {num_shards} groups of devices"
+        )
+
+
+def _place(mesh: Mesh) -> Place:
+    return lambda path, shape: NamedSharding(mesh, parameter_spec(mesh, path, shape))
+
+
+def abstract_state(task: Task, mesh: Mesh) -> Any:
+    """Shapes and shardings of the training state."""
+    shapes = jax.eval_shape(task.objective.init, jax.random.key(0))
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        state_shardings(mesh, shapes),
+    )
+
+
+def _keys(seed: int, devices: Devices) -> list[jax.Array]:
+    """Keys of initialisation, steps and evaluation, on every device."""
+
+    def draw():
+        return [use_key(jax.random.key(seed), use) for use in ("init", "run", "eval")]
+
+    return jax.jit(draw, out_shardings=devices.everywhere)()
+
+
+def _first_state(task: Task, devices: Devices, abstract: Any, key: jax.Array) -> Any:
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    params = task.load_params(devices.place)
+    if params is None:
+        return jax.jit(task.objective.init, out_shardings=shardings)(key)
+    return jax.jit(task.start, out_shardings=shardings, donate_argnums=0)(params)
+
+
+def _precise(config: TrainConfig):
+    """float32 means float32: left alone, accelerators round the inputs of products."""
+    return jax.default_matmul_precision("highest" if config.dtype == "float32" else None)
+
+
+def _rows_of_process(config: TrainConfig, mesh: Mesh) -> int:
+    """Examples that this process brings to a grid of samples."""
+    shards = num_batch_shards(mesh)
+    _, num_shares = process_share(mesh)
+    return math.ceil(config.eval.sample_rows / shards) * shards // num_shares
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of one device's part of a tree of arrays or shapes with shardings."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def describe(config: TrainConfig, task: Task, mesh: Mesh, abstract: Any) -> list[str]:
+    """What a person wants to know before a run begins, a line each."""
+    trained = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
+    frozen = sum(math.prod(x.shape) for x in jax.tree.leaves(task.frozen_shapes()))
+    axes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    device = mesh.devices.flat[0].device_kind
+    beside = f" beside {frozen:,} frozen" if frozen else ""
+    return [
+        *task.sources,
+        f"{trained:,} trained parameters{beside}; {tree_bytes(abstract) / 2**30:.3g} GiB of state "
+        "on each device",
+        f"{mesh.size} device(s) {device}" + (f", {axes}" if axes else ""),
+        f"{config.num_steps} steps of {config.batch_size} examples, {config.dtype}",
+    ]
+
+
+def _compiled_line(name: Any, compiled: Any, seconds: float) -> str:
+    kind = name if isinstance(name, str) else name[0]
+    memory = compiled.memory_analysis()
+    line = f"compiled {kind} in {seconds:.1f} s"
+    if memory is None:
+        return line
+    peak = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+    return f"{line}, {peak / 2**30:.3g} GiB on each device"

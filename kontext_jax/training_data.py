@@ -1,0 +1,109 @@
+"""The batches of a run: for its steps, and those that it is measured on."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from kontext_jax.data.batches import Batches
+from kontext_jax.data.cache import CachedBatches, EncodedCache
+from kontext_jax.data.config import DataConfig
+from kontext_jax.data.loader import make_loader
+from kontext_jax.processes import from_all
+from kontext_jax.train_config import TrainConfig
+
+EVAL_SEED = 0  # one order of the held-out examples for all runs, so that their losses compare
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How this process reads.
+
+    Attributes:
+      share: which of how many parts of a global batch it brings (`sharding.process_share`).
+      index_dir: folder for what is found out about the sources.
+      tell: called with lines for the user.
+    """
+
+    share: tuple[int, int]
+    index_dir: epath.Path
+    tell: Callable[[str], None]
+
+
+class OpenData(NamedTuple):
+    """Batches without end.
+
+    Attributes:
+      batches: of pictures or of encoded examples.
+      examples_per_epoch: how many there are, weights of sources included.
+      null_text: txt [T, D] and vec [D] of the empty prompt, where the examples are encoded.
+    """
+
+    batches: Batches
+    examples_per_epoch: float
+    null_text: tuple[np.ndarray, np.ndarray] | None
+
+
+def _open(
+    data: DataConfig, reading: Reading, batch_size: int, seed: int, facts: dict[str, Any]
+) -> OpenData:
+    index, count = reading.share
+    if data.cache:
+        cache = EncodedCache(data.cache, facts)
+        batches = CachedBatches(
+            cache,
+            batch_size=batch_size,
+            seed=seed,
+            fraction_with_references=data.fraction_with_references,
+            reference_dropout=data.reference_dropout,
+            process_index=index,
+            process_count=count,
+            threads=data.threads,
+            prefetch=data.prefetch,
+        )
+        return OpenData(batches, len(cache), cache.null_text())
+    loader = make_loader(
+        data,
+        batch_size=batch_size,
+        seed=seed,
+        process_index=index,
+        process_count=count,
+        index_dir=reading.index_dir,
+        barrier=lambda: from_all(""),
+        tell=reading.tell,
+    )
+    plan = loader.plan
+    per_epoch = sum(plan.examples_per_epoch(k) for k in range(len(plan.kinds)))
+    return OpenData(loader, per_epoch, None)
+
+
+@contextmanager
+def open_data(config: TrainConfig, reading: Reading, facts: dict[str, Any]) -> Iterator[OpenData]:
+    """The batches of the run's steps, until the context ends.
+
+    Args:
+      facts: of the frozen networks, which encoded examples must have been made by.
+
+    Raises:
+      ValueError: there are none, they are damaged, or this mix of them cannot be.
+    """
+    data = _open(config.data, reading, config.batch_size, config.seed, facts)
+    with closing(data.batches):
+        yield data
+
+
+def held_out_batches(config: TrainConfig, reading: Reading, facts: dict[str, Any]) -> list[Any]:
+    """The examples for evaluation, in host memory; none if nothing asks for them.
+
+    Raises:
+      ValueError: as `open_data`.
+    """
+    if not (config.eval.every_steps or config.eval.sample_every_steps):
+        return []
+    batch_size = config.eval.batch_size or config.batch_size // config.accumulate_steps
+    data = _open(config.eval_data, reading, batch_size, EVAL_SEED, facts)
+    with closing(data.batches):
+        return [next(data.batches) for _ in range(config.eval.num_batches)]

@@ -1,0 +1,181 @@
+"""Trains a model: `python train.py --config configs/tiny.py`."""
+
+import argparse
+import difflib
+import os
+import sys
+from pathlib import Path
+
+RUNS = Path("runs")
+SETTING = "--config."
+EPILOG = """examples:
+  python train.py --config configs/tiny.py                      seconds, on any machine
+  python train.py --config configs/tiny.py --print-config       every setting and its value
+  python train.py --config configs/lora.py --dry-run            checks data, weights and memory
+  python train.py --config configs/lora.py --workdir runs/hats --config.optimizer.learning_rate=1e-4
+
+A run that was interrupted goes on by the same command. Several processes, of which each sees its
+own devices, are started with --coordinator HOST:PORT --num-processes N --process-id I, or alike on
+every machine under SLURM, Open MPI and on TPU pods with --coordinator auto.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong flag in one line, with the nearest right one."""
+
+    def error(self, message):
+        if message.startswith("unrecognized arguments:"):
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            word = message.split()[2].split("=")[0]
+            if near := difflib.get_close_matches(word, [*flags, SETTING], n=1):
+                message += f" (did you mean {near[0]}?)"
+        self.exit(2, f"error: {message}; see --help\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="train.py",
+        description="Trains FLUX.1 Kontext, or a part of it, by a config file's recipe.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE.py", help="see configs/")
+    parser.add_argument(
+        "--config.KEY", metavar="VALUE", dest="_", help="changes a setting; may be repeated"
+    )
+    parser.add_argument(
+        "--workdir",
+        metavar="RUN",
+        help=f"the run's folder, local or gs://…; default {RUNS}/NAME of the config file",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print all settings, and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything that needs no compiling, and stop"
+    )
+    parser.add_argument(
+        "--no-cache", action="store_true", help="don't keep compiled programs on disk"
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    several = parser.add_argument_group("several processes")
+    several.add_argument(
+        "--coordinator", metavar="HOST:PORT|auto", help="where process 0 is; auto: ask the cluster"
+    )
+    several.add_argument("--num-processes", type=int, metavar="N")
+    several.add_argument("--process-id", type=int, metavar="I", help="0 to N - 1")
+    return parser
+
+
+def split_settings(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Takes `--config.KEY=VALUE` and `--config.KEY VALUE` out of the command line.
+
+    Raises:
+      ValueError: a key without a value.
+    """
+    rest, settings, words = [], [], iter(argv)
+    for word in words:
+        if not word.startswith(SETTING) or word == SETTING:
+            rest.append(word)
+            continue
+        key, equals, value = word.removeprefix(SETTING).partition("=")
+        if not equals:
+            value = next(words, None)
+            if value is None or value.startswith("--"):
+                raise ValueError(f"{word} has no value; write {word}=VALUE")
+        settings.append((key, value))
+    return rest, settings
+
+
+def load_config(path: str):
+    """The ConfigDict that `get_config()` of a config file returns."""
+    import importlib.util
+
+    file = Path(path)
+    if not file.is_file():
+        folder = file.parent if file.parent.is_dir() else Path("configs")
+        choices = sorted(str(p) for p in folder.glob("*.py"))
+        near = difflib.get_close_matches(path, choices, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"there is no config file {path}{hint}")
+    spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+    if spec is None:
+        raise ValueError(f"{path} is no Python file; see configs/")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path} has no function get_config(); see configs/tiny.py")
+    return module.get_config()
+
+
+def open_weights(path: str):
+    """The bundle of a weight directory, a run's folder, or weights as others publish them."""
+    from convert_weights.runs import open_weights
+
+    return open_weights(path, complete=False)
+
+
+def start_processes(args: argparse.Namespace) -> None:
+    """Joins the other processes, if there are any; before JAX touches a device.
+
+    Raises:
+      ValueError: flags that do not go together, or no cluster to ask.
+    """
+    from kontext_jax import processes
+
+    if args.coordinator is None and not (args.num_processes is None and args.process_id is None):
+        raise ValueError("--num-processes and --process-id need --coordinator HOST:PORT")
+    if args.coordinator is None:
+        processes.join_detected()
+    else:
+        processes.join(args.coordinator, args.num_processes, args.process_id)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; the exit status: 0, 1 if training failed, 2 for bad input."""
+    try:
+        words, settings = split_settings(sys.argv[1:] if argv is None else argv)
+        return run(make_parser().parse_args(words), settings)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
+    """Does what the flags ask for."""
+    # Imported when the flags are known to be good: JAX takes a second or two.
+    from kontext_jax import train_config
+
+    config = train_config.parse(load_config(args.config), settings)
+    if args.print_config:
+        print(train_config.to_json(config))
+        return 0
+    start_processes(args)
+
+    import jax
+
+    from kontext_jax import compiling, train_loop
+
+    def tell(line: str) -> None:
+        if not args.quiet and jax.process_index() == 0:
+            print(line, flush=True)
+
+    if not args.no_cache:
+        compiling.keep_compiled_programs(compiling.default_cache_dir())
+    workdir = args.workdir or str(RUNS / Path(args.config).stem)
+    if args.dry_run:
+        train_loop.dry_run(config, workdir, open_weights=open_weights, tell=tell)
+        return 0
+    train_loop.train(config, workdir, open_weights=open_weights, tell=tell)
+    return 0
+
+
+if __name__ == "__main__":
+    # Set before JAX is imported: the C++ runtime otherwise greets every run with log lines.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    sys.exit(main())
