@@ -1,7 +1,7 @@
 """A procedural world: pictures of simple objects, captions, and edits whose exact result is known.
 
 Up to three objects stand on a 3×3 grid. An edit is drawn as a change of the scene, so its target is
-rendered, not guessed, and `parse` reads a scene back from pixels: what a model made can be graded.
+rendered, not guessed; `kontext_jax.evaluation.scene_parser` reads a scene back from pixels.
 
 Everything is a function of (world, split, seed, index). One in five combinations, decided by a hash
 of their names, never occurs in training: pairs (shape, colour), and pairs (edit, position) where
@@ -167,7 +167,7 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
 
 
 @functools.cache
-def _coverage(shape: str, size: str, position: int, size_px: int) -> np.ndarray:
+def coverage(shape: str, size: str, position: int, size_px: int) -> np.ndarray:
     """How much of each pixel an object covers: float32 [height, width, 1] in [0, 1]."""
     scale = size_px / 64
     row, column = divmod(position, 3)
@@ -178,7 +178,7 @@ def _coverage(shape: str, size: str, position: int, size_px: int) -> np.ndarray:
 
 
 @functools.cache
-def _backdrop(background: str, fill: str, size_px: int) -> np.ndarray:
+def backdrop(background: str, fill: str, size_px: int) -> np.ndarray:
     """Float32 [height, width, 3] in [0, 255]."""
     y, x = np.mgrid[:size_px, :size_px].astype(np.float32) / size_px
     if fill == "gradient":
@@ -190,7 +190,7 @@ def _backdrop(background: str, fill: str, size_px: int) -> np.ndarray:
     return np.clip(np.float32(BACKGROUNDS[background]) + light[..., None], 0, 255)
 
 
-def _restyle(pixels: np.ndarray, style: str) -> np.ndarray:
+def restyle(pixels: np.ndarray, style: str) -> np.ndarray:
     """Float pixels in a style; inverting twice is the identity."""
     if style == "inverted":
         return 255 - pixels
@@ -202,95 +202,16 @@ def _restyle(pixels: np.ndarray, style: str) -> np.ndarray:
 
 def render(scene: Scene, size_px: int = 64) -> np.ndarray:
     """The picture of a scene, anti-aliased: uint8 [size_px, size_px, 3]."""
-    pixels = _backdrop(scene.background, scene.fill, size_px)
+    pixels = backdrop(scene.background, scene.fill, size_px)
     for thing in scene.things:
-        coverage = _coverage(thing.shape, thing.size, thing.position, size_px)
-        pixels = pixels + coverage * (np.float32(COLOURS[thing.colour]) - pixels)
-    return np.rint(_restyle(pixels, scene.style)).astype(np.uint8)
+        covered = coverage(thing.shape, thing.size, thing.position, size_px)
+        pixels = pixels + covered * (np.float32(COLOURS[thing.colour]) - pixels)
+    return np.rint(restyle(pixels, scene.style)).astype(np.uint8)
 
 
 def change_mask(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Where an edit changes anything: bool [height, width]."""
     return (source != target).any(axis=-1)
-
-
-# Reading pictures
-
-
-@functools.cache
-def _cell_slices(size_px: int) -> tuple[tuple[slice, slice], ...]:
-    edges = [round((2 + 20 * i) * size_px / 64) for i in range(4)]
-    spans = [slice(a, b) for a, b in itertools.pairwise(edges)]
-    return tuple(itertools.product(spans, spans))
-
-
-@functools.cache
-def _gaps(size_px: int) -> np.ndarray:
-    """Pixels that no object can cover: bool [height, width]."""
-    covered = np.zeros((size_px, size_px), bool)
-    for shape, position in itertools.product(SHAPES, range(len(POSITIONS))):
-        covered |= _coverage(shape, "big", position, size_px)[..., 0] > 0
-    return ~covered
-
-
-@functools.lru_cache(maxsize=512)
-def _cell_templates(world: World, background: str, fill: str, style: str, cell: int):
-    """What a cell can look like: what stands there, and float32 [K, pixels·3]."""
-    backdrop = _backdrop(background, fill, world.size_px)
-    choices: list[tuple[str, str, str] | None] = [None]
-    choices += itertools.product(world.shapes, world.colours, SIZES)
-    looks = []
-    for choice in choices:
-        pixels = backdrop
-        if choice is not None:
-            coverage = _coverage(choice[0], choice[2], cell, world.size_px)
-            pixels = backdrop + coverage * (np.float32(COLOURS[choice[1]]) - backdrop)
-        looks.append(_restyle(pixels, style)[_cell_slices(world.size_px)[cell]].ravel())
-    return choices, np.stack(looks)
-
-
-def parse(pixels: np.ndarray, world: World) -> Scene:
-    """The scene of the world that a picture resembles most.
-
-    For each style the background is what fits best where no object can be; then each cell of the
-    grid is compared with everything that could stand in it. The style with the least squared
-    difference wins; an empty scene, which may look alike in two, is plain.
-
-    Args:
-      pixels: uint8 [size_px, size_px, 3].
-
-    Raises:
-      ValueError: the picture has another size than the world's.
-    """
-    if pixels.shape != (world.size_px, world.size_px, 3):
-        raise ValueError(
-            f"a picture of shape {pixels.shape}; this world's are {world.size_px}×{world.size_px}"
-        )
-    seen = pixels.astype(np.float32)
-    return min((_parse_style(seen, world, style) for style in world.styles), key=lambda p: p[1])[0]
-
-
-def _parse_style(seen: np.ndarray, world: World, style: str) -> tuple[Scene, float]:
-    """The most similar scene in a style, and the squared difference that remains."""
-    gaps = _gaps(world.size_px)
-
-    def misfit(choice: tuple[str, str]) -> float:
-        expected = _restyle(_backdrop(*choice, world.size_px), style)
-        return float(np.square(seen[gaps] - expected[gaps]).sum())
-
-    background, fill = min(itertools.product(world.backgrounds, world.fills), key=misfit)
-    remaining = misfit((background, fill))
-    if style != "plain":
-        remaining += seen.size  # one grey level everywhere
-    things = []
-    for cell, where in enumerate(_cell_slices(world.size_px)):
-        choices, looks = _cell_templates(world, background, fill, style, cell)
-        differences = np.square(looks - seen[where].ravel()).sum(axis=1)
-        best = int(differences.argmin())
-        remaining += float(differences[best])
-        if choices[best] is not None:
-            things.append(Thing(cell, *choices[best]))
-    return Scene(tuple(things), background, fill, style), remaining
 
 
 # Examples
