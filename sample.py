@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ EPILOG = """examples:
   python sample.py --weights W --image a.png --prompt "add a hat" --then "make the hat blue"
   python sample.py --weights W --image me.png --image hat.png --prompt "the man wears the hat"
   python sample.py --weights W --image phone.jpg --prompt "at night" --restore-size -o night.png
+  python sample.py --weights W --lora hats.safetensors --lora ink.safetensors:0.7 --image me.png …
   python sample.py --weights W --jobs jobs.jsonl -o results/
   python sample.py --weights W --from-metadata night.png -o again.png
 
@@ -91,9 +93,25 @@ def make_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--weights",
         metavar="PATH",
-        help="converted directory, diffusers folder, BFL's file beside its parts, or hub id",
+        help="converted directory, diffusers folder, BFL's file beside its parts, hub id, or the "
+        "folder of a training run",
+    )
+    model.add_argument(
+        "--checkpoint", type=int, metavar="STEP", help="of a training run (default: the newest)"
+    )
+    model.add_argument(
+        "--raw-params",
+        action="store_true",
+        help="of a training run, the parameters themselves rather than their average",
     )
     model.add_argument("--model", metavar="NAME", help="default: what the weights say, or tiny")
+    model.add_argument(
+        "--lora",
+        action="append",
+        metavar="FILE[:SCALE]",
+        help="LoRA in any published layout, or a run that trained one; scale 1 unless given; may "
+        "be repeated",
+    )
     model.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: by device")
     model.add_argument(
         "--tile",
@@ -116,8 +134,13 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def open_weights(weights: str | None, model: str | None):
-    """The bundle that --weights and --model mean."""
+def open_weights(
+    weights: str | None,
+    model: str | None,
+    raw_params: bool = False,
+    step: int | None = None,
+):
+    """The bundle that --weights, --model, --raw-params and --checkpoint mean."""
     from kontext_jax import checkpoint
     from kontext_jax.models.presets import PRESETS
     from kontext_jax.requests import did_you_mean
@@ -133,14 +156,50 @@ def open_weights(weights: str | None, model: str | None):
                 f"{model} needs its weights; give --weights PATH, or use --model tiny without any"
             )
         return checkpoint.untrained_bundle("tiny")
-    if not (Path(weights) / checkpoint.MANIFEST).is_file():
-        from convert_weights import open_foreign_bundle
+    from convert_weights.runs import open_weights as open_any
 
-        return open_foreign_bundle(weights, preset=model)
-    bundle = checkpoint.open_bundle(weights)
-    if model not in (None, bundle.preset.name):
-        raise ValueError(f"{weights} holds {bundle.preset.name}, not {model}; leave out --model")
-    return bundle
+    return open_any(weights, model, which="params" if raw_params else None, step=step)
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """Path and scale of `FILE[:SCALE]`.
+
+    Raises:
+      ValueError: there is no such file, or the scale is no finite number.
+    """
+    path, scale = text, 1.0
+    if not Path(text).exists() and ":" in text:
+        path, _, number = text.rpartition(":")
+        try:
+            scale = float(number)
+        except ValueError:
+            scale = math.nan
+        if not math.isfinite(scale):
+            raise ValueError(f"--lora {text}: the scale is {number!r}; expected one such as 0.7")
+    if not Path(path).exists():
+        raise ValueError(f"--lora {text}: there is no file {path}")
+    return path, scale
+
+
+def add_loras(bundle, given: list[str] | None, recipe):
+    """The bundle with the LoRAs of --lora, or else those that a picture was made with.
+
+    Returns:
+      (bundle, whether they are those of the picture).
+    """
+    from convert_weights.lora import open_adapter
+    from kontext_jax import adapters, runs
+
+    if given is not None:
+        wanted = [parse_lora(text) for text in given]
+    else:
+        wanted = runs.find_loras(recipe) if recipe else []
+    configs = {kind: component.config for kind, component in bundle.components.items()}
+    loras = [(open_adapter(path, configs), scale) for path, scale in wanted]
+    bundle = adapters.with_adapters(bundle, loras)
+    if recipe and given is None:
+        runs.check_loras(recipe, bundle.adapters)
+    return bundle, recipe is None or runs.same_loras(recipe.loras, bundle.adapters)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -184,18 +243,21 @@ def run(given: dict) -> int:
     model = flags.get("model")
     if recipe and not flags.get("weights"):
         model = model or recipe.model
-    bundle = open_weights(flags.get("weights"), model)
+    bundle = open_weights(
+        flags.get("weights"), model, flags.get("raw_params", False), flags.get("checkpoint")
+    )
     if recipe and bundle.identity != recipe.weights:
         raise ValueError(
             f"{recipe_path} was made with {recipe.model} weights {recipe.weights[:12]}…, found "
             f"{bundle.preset.name} {bundle.identity[:12]}…; give the same with --weights"
         )
+    bundle, same_loras = add_loras(bundle, flags.get("lora"), recipe)
     dtype, tiling = flags.get("dtype"), flags.get("tile", "auto")
     prepared = base = place = None
     if recipe:
         prepared, same = runs.prepare_again(recipe, bundle.preset, fields)
         dtype, tiling = dtype or recipe.dtype, flags.get("tile", recipe.tiling)
-        same = same and (dtype, tiling) == (recipe.dtype, recipe.tiling)
+        same = same and same_loras and (dtype, tiling) == (recipe.dtype, recipe.tiling)
         place = recipe.place if same else None
     elif not jobs:
         if "prompt" not in fields and "images" not in fields:
@@ -221,6 +283,8 @@ def run(given: dict) -> int:
     )
     name, source = bundle.preset.name, bundle.source
     tell(f"model: {source}" if name in source else f"model: {name}, {source}")
+    for lora in bundle.adapters:
+        tell(f"LoRA: {lora.name}, scale {lora.scale:g}")
     if "weights" not in flags:
         tell("note: untrained: the picture shows that every part runs, it is no edit")
     if not flags.get("no_cache"):

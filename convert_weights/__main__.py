@@ -1,4 +1,4 @@
-"""Command line: to-jax, to-torch, check, inspect."""
+"""Command line: to-jax, to-torch, lora, check, inspect."""
 
 import argparse
 import re
@@ -14,10 +14,14 @@ from rich.console import Console
 
 from convert_weights.compare import compare, describe
 from convert_weights.layouts import TITLES
+from convert_weights.lora_export import LAYOUTS as LORA_LAYOUTS
+from convert_weights.lora_export import convert_lora
+from convert_weights.runs import run_to_jax, run_to_torch
 from convert_weights.to_jax import Summary, to_jax
 from convert_weights.to_torch import LAYOUTS, to_torch
 from kontext_jax.checkpoint import as_dtype
 from kontext_jax.models.presets import PRESETS
+from kontext_jax.training_bundle import ITEM_OF, is_run
 
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -48,6 +52,14 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m convert_weights",
         description="Moves FLUX weights between the published PyTorch layouts and ours.",
     )
+    run = argparse.ArgumentParser(add_help=False)
+    group = run.add_argument_group("of a training run's folder in place of weights")
+    group.add_argument(
+        "--which",
+        choices=tuple(ITEM_OF),
+        help="the average of the parameters (default, where the run keeps one), or they themselves",
+    )
+    group.add_argument("--step", type=int, metavar="N", help="default: its newest checkpoint")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     axes = {
         "type": parse_axes,
@@ -58,13 +70,16 @@ def make_parser() -> argparse.ArgumentParser:
 
     jax = commands.add_parser(
         "to-jax",
+        parents=[run],
         help="published weights → our directory",
         description="Converts published weights into our weight directory.",
         epilog="examples:\n"
         "  python -m convert_weights to-jax FLUX.1-Kontext-dev/ --out weights/kontext\n"
         "  python -m convert_weights to-jax flux1-kontext-dev.safetensors ae.safetensors \\\n"
         "      text_encoder/ text_encoder_2/ tokenizer/ tokenizer_2/ --out weights/kontext\n"
-        "  python -m convert_weights to-jax black-forest-labs/FLUX.1-schnell --out weights/schnell",
+        "  python -m convert_weights to-jax black-forest-labs/FLUX.1-schnell "
+        "--out weights/schnell\n"
+        "  python -m convert_weights to-jax runs/hats --out weights/hats",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     jax.add_argument(
@@ -72,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="SRC",
         help="a diffusers folder, BFL's folder or files, transformers' folders of text encoders "
-        "and tokenizers, ComfyUI's files, or a hub id owner/name",
+        "and tokenizers, ComfyUI's files, a hub id owner/name, or a training run's folder",
     )
     jax.add_argument("--out", required=True, type=Path, help="directory to make")
     jax.add_argument("--dtype", choices=DTYPES, help="store as this (default: as in the source)")
@@ -86,10 +101,13 @@ def make_parser() -> argparse.ArgumentParser:
 
     torch = commands.add_parser(
         "to-torch",
+        parents=[run],
         help="our directory → BFL's or diffusers' files",
         description="Writes our weight directory in a published layout.",
     )
-    torch.add_argument("directory", type=Path, metavar="DIR", help="our weight directory")
+    torch.add_argument(
+        "directory", type=Path, metavar="DIR", help="our weight directory, or a run's"
+    )
     torch.add_argument("--out", required=True, type=Path, help="folder to make")
     torch.add_argument(
         "--layout",
@@ -105,6 +123,32 @@ def make_parser() -> argparse.ArgumentParser:
         default="10GB",
         metavar="SIZE",
         help="largest file of the diffusers layout and of text encoders (default 10GB)",
+    )
+
+    lora = commands.add_parser(
+        "lora",
+        parents=[run],
+        help="a LoRA in one published layout → in another",
+        description="Writes a LoRA file, or the adapters of a training run, in a published layout.",
+        epilog="examples:\n"
+        "  python -m convert_weights lora ink.safetensors --layout kohya --out kohya.safetensors\n"
+        "  python -m convert_weights lora runs/hats --layout peft --out hats.safetensors",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    lora.add_argument("source", type=Path, metavar="SRC", help="a LoRA file or a training run")
+    lora.add_argument("--out", required=True, type=Path, help="file to make")
+    lora.add_argument(
+        "--layout",
+        required=True,
+        choices=LORA_LAYOUTS,
+        help="peft: for diffusers, ComfyUI; kohya: sd-scripts' names; bfl: as BFL's control LoRAs",
+    )
+    lora.add_argument("--dtype", choices=DTYPES, help="store as this (default: as in SRC)")
+    lora.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="what the LoRA is for, where that is not of the published size: a preset "
+        f"({', '.join(PRESETS)}) or its weights",
     )
 
     check = commands.add_parser(
@@ -177,6 +221,29 @@ def _check(console: Console, args: argparse.Namespace) -> int:
     return 1 if differences else 0
 
 
+def _lora(args: argparse.Namespace) -> None:
+    adapter, num_values = convert_lora(
+        args.source,
+        args.out,
+        args.layout,
+        args.base,
+        as_dtype(args.dtype),
+        which=args.which,
+        step=args.step,
+    )
+    print(f"{args.out}: {args.layout} layout, {num_values:,} values; from {adapter.summary()}")
+
+
+def _convert_run(args: argparse.Namespace, runs: list[str], dtype, start) -> Summary:
+    if len(runs) != 1:
+        raise ValueError("a training run is converted alone; name nothing beside it")
+    chosen = {"which": args.which, "step": args.step, "start": start}
+    if args.command == "to-jax":
+        return run_to_jax(runs[0], args.out, dtype, **chosen)
+    shard_bytes = args.max_shard_size
+    return run_to_torch(runs[0], args.out, args.layout, dtype, shard_bytes, **chosen)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; 0 is success, 1 a difference or an error, told on standard error."""
     args = make_parser().parse_args(argv)
@@ -187,9 +254,17 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if args.command == "check":
             return _check(console, args)
+        if args.command == "lora":
+            _lora(args)
+            return 0
         dtype = as_dtype(args.dtype)
         with _progress(console, args.command) as start:
-            if args.command == "to-jax":
+            runs = args.sources if args.command == "to-jax" else [str(args.directory)]
+            if any(is_run(path) for path in runs):
+                summary = _convert_run(args, runs, dtype, start)
+            elif args.which is not None or args.step is not None:
+                raise ValueError(f"--which and --step are for training runs; {runs[0]} is none")
+            elif args.command == "to-jax":
                 summary = to_jax(args.sources, args.out, dtype, args.preset, args.axes_dim, start)
             else:
                 summary = to_torch(

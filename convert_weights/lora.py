@@ -1,6 +1,4 @@
-"""LoRA files in the published layouts → `adapters.Adapter`, and back.
-
-    python -m convert_weights lora FILE --layout peft|kohya|bfl --out X.safetensors
+"""LoRA files in the published layouts → `adapters.Adapter`.
 
 What a file holds is matched name by name (`tables/lora.py`): a tensor that is left over, a factor
 without its partner, or a shape that does not fit the model is an error that lists them all.
@@ -32,22 +30,20 @@ from kontext_jax.models.presets import Config
 from kontext_jax.tensor_files import (
     FLOAT_DTYPES,
     SafetensorsFile,
-    TensorInfo,
     cast,
     dtype_name,
     has_nonfinite,
     open_tensors,
 )
-from kontext_jax.tensor_writing import SafetensorsWriter
+from kontext_jax.training_bundle import Which, adapter_of_run, is_run, open_run
 
-LAYOUTS = tuple(table.WRITTEN)
 PEFT_METADATA = "lora_adapter_metadata"  # diffusers' key in a file's header
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's own folder
 _FLOATS = frozenset(FLOAT_DTYPES.values())
 
 
 @dataclasses.dataclass(frozen=True)
-class _Network:
+class Network:
     """A network's layers and replaceable leaves, by every name a file may give them."""
 
     kind: str
@@ -77,9 +73,10 @@ class _Network:
         object.__setattr__(self, "_flat", flat)
 
 
-def _networks(configs: Mapping[str, Config]) -> list[_Network]:
+def open_networks(configs: Mapping[str, Config]) -> list[Network]:
+    """The networks of `configs` that LoRA files may adapt."""
     return [
-        _Network(kind, published_layers(kind, config), replaceable_leaves(kind, config))
+        Network(kind, published_layers(kind, config), replaceable_leaves(kind, config))
         for kind, config in configs.items()
         if kind in table.DOTTED_PREFIXES
     ]
@@ -93,13 +90,49 @@ class _Found:
     names: dict[str, str]
 
 
-def read_lora(path: str | Path, configs: Mapping[str, Config], name: str | None = None) -> Adapter:
+def open_adapter(
+    path: str | Path,
+    configs: Mapping[str, Config],
+    which: Which | None = None,
+    step: int | None = None,
+) -> Adapter:
+    """The adapter in a LoRA file, or the one that a training run made.
+
+    Args:
+      path: of the file, or the run's folder; it becomes the adapter's name.
+      configs: of the model's networks, by kind; "mmdit" at least.
+      which, step: of a run, as `training_bundle.open_run`.
+
+    Raises:
+      WeightMismatchError: as `read_lora`; or the run adapted another model.
+      ValueError, OSError: the run cannot be read.
+    """
+    if not is_run(path):
+        return read_lora(path, configs)
+    adapter = dataclasses.replace(adapter_of_run(open_run(path, which, step)), name=str(path))
+    expected = published_layers("mmdit", configs["mmdit"])
+    slots = {(slot.path, layer.layer): slot for layer in expected.values() for slot in layer.slots}
+    lines = []
+    for place, change in adapter.networks["mmdit"].low_rank.items():
+        name = place[0] if place[1] is None else f"{place[0]} [{place[1]}]"
+        if place not in slots:
+            lines.append(f"+ {name}")
+        elif (change.a.shape[:-1], change.b.shape[1:]) != slots[place].our_shapes:
+            lines.append(_wrong_shape(name, slots[place].our_shapes, change.b.shape))
+    if lines:
+        raise WeightMismatchError(
+            f"{path}: its adapters are of another transformer (+ not in this one):\n  "
+            + "\n  ".join(sorted(lines, key=natural_key))
+        )
+    return adapter
+
+
+def read_lora(path: str | Path, configs: Mapping[str, Config]) -> Adapter:
     """The adapter in a LoRA file.
 
     Args:
       path: a safetensors file, or a folder that holds one.
       configs: of the model's networks, by kind; "mmdit" at least.
-      name: for the user and for metadata; None: the path as given.
 
     Raises:
       TensorFileError: the file is damaged, or holds NaN.
@@ -109,7 +142,7 @@ def read_lora(path: str | Path, configs: Mapping[str, Config], name: str | None 
         if not isinstance(file, SafetensorsFile):
             raise WeightMismatchError(f"{path}: a LoRA in several files is not supported")
         _refuse_other_methods(file)
-        networks = _networks(configs)
+        networks = open_networks(configs)
         found, replaced, layouts = _match(file, networks)
         alphas = _Alphas(file)
         changes = {
@@ -128,7 +161,7 @@ def read_lora(path: str | Path, configs: Mapping[str, Config], name: str | None 
         )
         with open(file.path, "rb") as raw:
             digest = hashlib.file_digest(raw, "sha256").hexdigest()
-    return Adapter(name or str(path), digest, changes, " and ".join(sorted(layouts)), dtype)
+    return Adapter(str(path), digest, changes, " and ".join(sorted(layouts)), dtype)
 
 
 def _read(file: SafetensorsFile, name: str) -> np.ndarray:
@@ -164,7 +197,7 @@ def _split_name(name: str) -> tuple[str, str] | None:
     return None
 
 
-def _match(file: SafetensorsFile, networks: list[_Network]):
+def _match(file: SafetensorsFile, networks: list[Network]):
     """Every tensor's place, or an error with every one that has none.
 
     Returns:
@@ -228,7 +261,7 @@ def _place(name, found, replaced, layouts, networks, lines) -> bool:
 
 
 def _layout_of(stem: str, layer: PublishedLayer) -> str:
-    if "." not in stem:
+    if any(stem.startswith(prefixes) for prefixes in table.FLAT_PREFIXES.values()):
         return "kohya"
     return {"diffusers": "peft", "transformers": "peft"}.get(layer.naming, layer.naming)
 
@@ -325,105 +358,3 @@ def _low_rank(file: SafetensorsFile, kind: str, found, alphas: _Alphas) -> dict[
         split = layer.split(values["a"], values["b"], factor, values.get("bias"))
         low_rank |= {(path, layer.layer): change for path, change in split.items()}
     return low_rank
-
-
-def lora_tensors(
-    adapter: Adapter, layout: str, configs: Mapping[str, Config]
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The float32 tensors and the metadata of an adapter in a published layout.
-
-    Neither BFL's files nor PEFT's have a place for alpha that all programs read, so there it is
-    multiplied into b; kohya's have tensors for it.
-
-    Raises:
-      WeightMismatchError: the layout cannot say what the adapter does.
-    """
-    parts, naming = table.WRITTEN[layout], table.WRITTEN_NAMING[layout]
-    tensors: dict[str, np.ndarray] = {}
-    impossible = []
-    for network in _networks({k: configs[k] for k in adapter.networks}):
-        kind, changes = network.kind, adapter.networks[network.kind]
-        if kind not in table.WRITTEN_PREFIX[layout]:
-            impossible.append(f"adapters of the {TITLES[kind]}")
-            continue
-        prefix = table.WRITTEN_PREFIX[layout][kind]
-        for layer in network.layers.values():
-            if layer.naming not in (naming, "transformers"):
-                continue
-            of_layer = {p: c for (p, n), c in changes.low_rank.items() if n == layer.layer}
-            if (joined := layer.join(of_layer)) is None:
-                continue
-            a, b, factor, bias = joined
-            name = layer.name.replace(".", "_") if layout == "kohya" else layer.name
-            stem = prefix + name
-            if "alpha" in parts:
-                tensors[stem + parts["alpha"]] = np.array(factor * len(a), np.float32)
-            elif factor != 1:
-                b = b * np.float32(factor)
-            tensors[stem + parts["a"]], tensors[stem + parts["b"]] = a, b
-            if bias is not None and "bias" not in parts:
-                impossible.append(f"the bias of {layer.name}")
-            elif bias is not None:
-                tensors[stem + parts["bias"]] = bias
-        if changes.replaced and "bias" not in parts:
-            impossible.append("replaced norm scales")
-        elif changes.replaced:
-            tensors |= {
-                prefix + leaf.name: leaf.to_theirs(changes.replaced[place])
-                for leaf in network.leaves.values()
-                if leaf.naming == naming
-                and (place := (leaf.move.path, leaf.move.layer)) in changes.replaced
-            }
-    if impossible:
-        raise WeightMismatchError(
-            f"{adapter.name}: the layout {layout} cannot hold {', '.join(impossible)}"
-        )
-    return tensors, _metadata(layout, tensors)
-
-
-def _metadata(layout: str, tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
-    metadata = {"format": "pt"}
-    if layout == "kohya":
-        alphas = {float(x) for name, x in tensors.items() if name.endswith(".alpha")}
-        ranks = {len(x) for name, x in tensors.items() if name.endswith(".lora_down.weight")}
-        metadata["ss_network_module"] = "networks.lora_flux"
-        if len(alphas) == len(ranks) == 1:
-            metadata |= {
-                "ss_network_dim": str(ranks.pop()),
-                "ss_network_alpha": str(alphas.pop()),
-            }
-    return metadata
-
-
-def write_lora(
-    adapter: Adapter,
-    path: Path,
-    layout: str,
-    configs: Mapping[str, Config],
-    dtype: np.dtype | None = None,
-) -> int:
-    """Writes an adapter as one file in a published layout; the number of its values.
-
-    Args:
-      path: of the file; it appears when all of it has been written.
-      layout: "peft", "kohya" or "bfl".
-      configs: of the networks it adapts.
-      dtype: of the tensors; None keeps the adapter's.
-
-    Raises:
-      FileExistsError: there is something at `path`.
-      WeightMismatchError: the layout cannot hold it.
-    """
-    if path.exists():
-        raise FileExistsError(f"{path} already exists; name another file or remove it")
-    tensors, metadata = lora_tensors(adapter, layout, configs)
-    target = dtype or adapter.dtype
-    cast_tensors = {
-        name: x if name.endswith(".alpha") else cast(x, target, name) for name, x in tensors.items()
-    }
-    infos = {name: TensorInfo(x.dtype, x.shape) for name, x in cast_tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with SafetensorsWriter(path, infos, metadata) as writer:
-        for name, x in cast_tensors.items():
-            writer.write(name, x)
-    return sum(x.size for x in tensors.values())

@@ -29,6 +29,7 @@ class Slot:
       path: of our module.
       has_bias: whether our module has one.
       sizes: published outputs and inputs of the kernel.
+      our_shapes: input and output axes of our kernel.
     """
 
     def __init__(self, row: Row, dims: Mapping[str, int], naming: str, has_bias: bool):
@@ -42,6 +43,11 @@ class Slot:
             "a": Row("a", (*inner, "rank"), ("rank", inner), {"": "a"}),
             "b": Row("b", ("rank", *row.ours[len(inner) :]), (outer, "rank"), {"": b_name}),
         }
+        ours = tuple(
+            math.prod(dims[atom] for atom in (axis if isinstance(axis, tuple) else (axis,)))
+            for axis in row.ours
+        )
+        self.our_shapes = ours[: len(inner)], ours[len(inner) :]
         self._dims = dims
         self._moves: dict[tuple[str, int], Move] = {}
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from kontext_jax.checkpoint import ModelBundle
+from kontext_jax.checkpoint import NO_EDITS, Component, Edits, ModelBundle
 from kontext_jax.tensor_files import flatten
 
 Place = tuple[str, int | None]  # a module or leaf of ours, and the layer where it is stacked
@@ -52,10 +52,6 @@ class Changes:
     low_rank: Mapping[Place, LowRank]  # by module
     replaced: Mapping[Place, np.ndarray] = dataclasses.field(default_factory=dict)  # by leaf
 
-    def ranks(self) -> list[int]:
-        """The different ranks that occur."""
-        return sorted({change.rank for change in self.low_rank.values()})
-
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
@@ -73,6 +69,16 @@ class Adapter:
     networks: Mapping[str, Changes]
     layout: str = "kontext_jax"
     dtype: np.dtype = dataclasses.field(default_factory=lambda: np.dtype(np.float32))
+
+    def summary(self) -> str:
+        """What it is, in one line."""
+        parts = []
+        for kind, changes in self.networks.items():
+            ranks = sorted({change.rank for change in changes.low_rank.values()})
+            parts.append(f"{len(changes.low_rank)} kernels of {kind}, rank {_listed(ranks)}")
+            if changes.replaced:
+                parts.append(f"{len(changes.replaced)} parameters replaced")
+        return f"{self.name} ({self.layout}, {self.dtype.name}): {'; '.join(parts)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +114,10 @@ def adapter_from_tree(lora: Mapping[str, Any], alpha: float, name: str) -> Adapt
             for layer in range(len(a)):
                 low_rank[module, layer] = LowRank(a[layer], b[layer], factor)
     return Adapter(name, digest.hexdigest(), {"mmdit": Changes(low_rank)})
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers)) if len(numbers) < 5 else f"{numbers[0]} to {numbers[-1]}"
 
 
 LeafEdit = Callable[[np.ndarray], np.ndarray]
@@ -165,19 +175,29 @@ def with_adapters(bundle: ModelBundle, adapters: Sequence[tuple[Adapter, float]]
     """The model with adapters merged into its weights as they are loaded.
 
     Args:
-      bundle: without adapters.
       adapters: with their scales; 1 is the strength they were trained at.
 
     Raises:
-      ValueError: the bundle has adapters already, or two of these exclude each other.
+      ValueError: two of them exclude each other.
     """
-    if bundle.adapters:
-        raise ValueError("this model has adapters already; apply all of them at once")
     components = dict(bundle.components)
     for kind in components:
         changes = [(a.networks[kind], scale) for a, scale in adapters if kind in a.networks]
         if changes:
-            load = functools.partial(components[kind].load, edits=leaf_edits(changes))
-            components[kind] = dataclasses.replace(components[kind], load=load)
+            components[kind] = _edited(components[kind], leaf_edits(changes))
     applied = tuple(AppliedAdapter(a.name, a.sha256, float(scale)) for a, scale in adapters)
-    return dataclasses.replace(bundle, components=components, adapters=applied)
+    return dataclasses.replace(bundle, components=components, adapters=(*bundle.adapters, *applied))
+
+
+def _edited(component: Component, own: Edits) -> Component:
+    """The component whose weights pass through `own` edits before any others."""
+
+    def load(dtype=None, device=None, edits: Edits = NO_EDITS) -> Any:
+        later = {path: _in_turn(own[path], edit) for path, edit in edits.items() if path in own}
+        return component.load(dtype, device, edits={**own, **edits, **later})
+
+    return dataclasses.replace(component, load=load)
+
+
+def _in_turn(first: LeafEdit, second: LeafEdit) -> LeafEdit:
+    return lambda leaf: second(first(leaf))

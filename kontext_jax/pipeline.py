@@ -211,6 +211,7 @@ class Pipeline(Stages):
             "place": dataclasses.asdict(place),
             "model": self.preset.name,
             "weights": self.bundle.identity,
+            "loras": [dataclasses.asdict(lora) for lora in self.bundle.adapters],
             "dtype": self.dtype,
             "tiling": self._tiling,
             "device": jax.devices()[0].device_kind,

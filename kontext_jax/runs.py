@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from kontext_jax import images
+from kontext_jax.adapters import AppliedAdapter
 from kontext_jax.models.presets import Preset
 from kontext_jax.pipeline import MAX_BATCH, METADATA_FORMAT, Failure, Pipeline, Place, versions
 from kontext_jax.requests import (
@@ -197,6 +198,7 @@ class Recipe:
     tiling: str
     device: str
     versions: Mapping[str, str]
+    loras: tuple[AppliedAdapter, ...] = ()
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -223,7 +225,16 @@ def read_recipe(path: Path) -> Recipe:
         hashes = tuple(str(image["sha256"]) for image in metadata["images"])
         if len(hashes) != len(request.images):
             raise ValueError(f"{len(request.images)} images with {len(hashes)} hashes")
-        return Recipe(path, request, hashes, place, versions=dict(metadata["versions"]), **texts)
+        loras = tuple(
+            AppliedAdapter(str(lora["name"]), str(lora["sha256"]), float(lora["scale"]))
+            for lora in metadata.get("loras", ())
+        )
+        return Recipe(
+            *(path, request, hashes, place),
+            versions=dict(metadata["versions"]),
+            loras=loras,
+            **texts,
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"image {path}: its kontext_jax metadata is damaged: {error}") from error
 
@@ -263,6 +274,38 @@ def prepare_again(
             f"{now[:12]}…, expected {before[:12]}…; give the right one with --image"
         )
     return prepared, prepared.request == recipe.request
+
+
+def find_loras(recipe: Recipe) -> list[tuple[str, float]]:
+    """Path and scale of every LoRA that a picture was made with, from where they were.
+
+    Raises:
+      FileNotFoundError: some are no longer there; all of them are named.
+    """
+    missing = [lora for lora in recipe.loras if not Path(lora.name).exists()]
+    if missing:
+        lines = [f"{x.name} (SHA-256 {x.sha256[:12]}…, scale {x.scale})" for x in missing]
+        flags = " ".join(f"--lora {x.name}:{x.scale}" for x in recipe.loras)
+        raise FileNotFoundError(
+            f"{recipe.path} was made with LoRAs that are not where they were: {', '.join(lines)}; "
+            f"give all of them where they are now, in this order: {flags}"
+        )
+    return [(lora.name, lora.scale) for lora in recipe.loras]
+
+
+def same_loras(these: Sequence[AppliedAdapter], those: Sequence[AppliedAdapter]) -> bool:
+    """Whether they are the same contents at the same scales, wherever they lie."""
+    return [(x.sha256, x.scale) for x in these] == [(x.sha256, x.scale) for x in those]
+
+
+def check_loras(recipe: Recipe, found: Sequence[AppliedAdapter]) -> None:
+    """Raises `ValueError` if a LoRA is another one than the picture was made with."""
+    for then, now in zip(recipe.loras, found, strict=True):
+        if then.sha256 != now.sha256:
+            raise ValueError(
+                f"LoRA {now.name} is not the one that {recipe.path} was made with: its SHA-256 is "
+                f"{now.sha256[:12]}…, expected {then.sha256[:12]}…; give the right ones with --lora"
+            )
 
 
 def differences_here(recipe: Recipe) -> list[str]:
