@@ -122,6 +122,8 @@ def open_dataset(
     filter = make_filter(config.filter_function, config.filter_command)
     try:
         sources = open_sources(config.sources, columns=columns, index_dir=folder)
+        if not any(map(len, sources)):
+            raise ValueError(f"data.sources {', '.join(config.sources)}: no sample in any")
         index = build_index(
             sources,
             index_dir=folder,

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from etils import epath
 
+PICTURE_TYPES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm")
 # In order of preference: the lower rows only count where there is none of the upper.
 TARGET_NAMES = (
     (
@@ -32,6 +33,11 @@ CONTEXT_NAMES = (
 )
 TEXT_NAMES = (*("instruction", "edit_instruction", "edit_prompt", "text", "caption", "prompt"),)
 ID_NAMES = ("id", "sample_id", "__key__")
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file's name ends like a picture's."""
+    return name.lower().rpartition(".")[2] in PICTURE_TYPES
 
 
 class BadSample(ValueError):

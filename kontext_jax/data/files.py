@@ -1,11 +1,17 @@
-"""Small files that are never half written, on disk or in a bucket."""
+"""Files on disk or in a bucket: looked for in folders, and never left half written."""
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from etils import epath
+
+
+def walk_files(root: epath.Path) -> Iterator[epath.Path]:
+    """All files below a folder."""
+    for folder, _, names in root.walk():
+        yield from (folder / name for name in names)
 
 
 def write_beside(path: epath.Path, write: Callable[[BinaryIO], None]) -> None:

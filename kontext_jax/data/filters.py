@@ -115,6 +115,7 @@ class CommandFilter:
     def __init__(self, command: str):
         self._command = command
         self._lock = threading.Lock()
+        self._failure: FilterError | None = None
         try:
             self._process = subprocess.Popen(
                 shlex.split(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -138,27 +139,34 @@ class CommandFilter:
         }
         line = json.dumps(request, default=str).encode() + b"\n"
         with self._lock:
-            try:
-                self._process.stdin.write(line)
-                self._process.stdin.flush()
-                answer = self._process.stdout.readline()
-            except OSError:
-                answer = b""
+            if self._failure is None:
+                try:
+                    return self._ask(example.id, line)
+                except FilterError as error:
+                    self._failure = error
+            raise self._failure  # the first one, whichever thread comes next
+
+    def _ask(self, sample: str, line: bytes) -> str | None:
+        try:
+            self._process.stdin.write(line)
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except OSError:
+            answer = b""
         if not answer:
-            code = self._process.wait()
             raise FilterError(
-                f"data.filter_command {self._command} ended with exit status {code} at sample "
-                f"{example.id}"
+                f"data.filter_command {self._command} ended with exit status "
+                f"{self._process.wait()} at sample {sample}"
             )
         try:
             fields = json.loads(answer)
             keep, reason = fields["keep"], fields.get("reason", "")
-            if fields["id"] != example.id or not isinstance(keep, bool):
+            if fields["id"] != sample or not isinstance(keep, bool):
                 raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError):
             raise FilterError(
                 f"data.filter_command {self._command} answered {answer[:200]!r} to sample "
-                f'{example.id}; expected {{"id": "{example.id}", "keep": true or false}}'
+                f'{sample}; expected {{"id": "{sample}", "keep": true or false}}'
             ) from None
         return None if keep else str(reason) or "dropped"
 

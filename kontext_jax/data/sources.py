@@ -21,10 +21,13 @@ from kontext_jax.data.examples import (
     Source,
     digest,
     find_columns,
+    is_picture,
     make_example,
 )
+from kontext_jax.data.files import walk_files
 from kontext_jax.data.pair_records import ArrayRecordSource
 from kontext_jax.data.parquet import ParquetSource
+from kontext_jax.data.scene_source import DrawnSource, is_scenes
 from kontext_jax.data.tars import TarSource
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
@@ -63,6 +66,8 @@ def open_sources(
 
 def source_name(path: str) -> str:
     """What a source is called unless told: its folder, or its file without suffix."""
+    if is_scenes(path):
+        return path.replace(":", "-")
     root = epath.Path(path)
     if root.name in METADATA_FILES or "*" in root.name:
         root = root.parent
@@ -90,6 +95,8 @@ def open_source(
       FileNotFoundError: nothing there.
       ValueError: no such data in it, or columns that cannot be told.
     """
+    if is_scenes(path):
+        return DrawnSource(path, name or source_name(path))
     root, columns, name = epath.Path(path), columns or ColumnNames(), name or source_name(path)
     if "*" in root.name:
         files = sorted(root.parent.glob(root.name))
@@ -103,7 +110,7 @@ def open_source(
             )
         if metadata:
             return FolderSource(metadata[0], columns, name)
-        files = sorted(file for suffix in _SUFFIXES for file in root.glob(f"**/*{suffix}"))
+        files = sorted(file for file in walk_files(root) if file.suffix in _SUFFIXES)
     elif root.name.endswith((".jsonl", ".csv")):
         return FolderSource(root, columns, name)
     else:
@@ -182,3 +189,19 @@ class FolderSource(Source):
 
     def identity(self) -> str:
         return digest(str(self.columns), self._content)
+
+    def unlisted(self) -> list[str]:
+        """Pictures in the folder that no sample names."""
+        listed = set()
+        for i in range(len(self)):
+            try:
+                example = self[i]
+            except BadSample:
+                continue
+            listed |= {os.path.normpath(r.path) for r in (example.target, *example.contexts)}
+        found = (p for p in walk_files(epath.Path(self._folder)) if is_picture(p.name))
+        return sorted(
+            os.path.relpath(path, self._folder)
+            for path in map(os.path.normpath, found)
+            if path not in listed
+        )

@@ -30,12 +30,12 @@ from kontext_jax.data.examples import (
     digest,
     file_identity,
     find_columns,
+    is_picture,
     make_example,
     relative_names,
 )
 from kontext_jax.data.files import write_beside
 
-PICTURE_TYPES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm")
 _COLUMNS_SEEN = 100  # samples of a tar whose members say which columns there are
 
 
@@ -102,7 +102,7 @@ class TarSource(Source):
             offset, size = (int(x) for x in members.spans[i])
             ref = ImageRef(f"{path}/{names[i]}", path=path, offset=offset, size=size)
             field, _, kind = suffix.lower().rpartition(".")
-            if kind in PICTURE_TYPES:
+            if is_picture(suffix):
                 row[field or "image"] = ref
             elif kind == "json" and not field:
                 row |= _parse(ref)
