@@ -274,7 +274,7 @@ def open_foreign_bundle(path: str | Path, preset: str | None = None) -> checkpoi
         source.close()
         raise
     components = {
-        kind: checkpoint.Component(component.config, _loader(component))
+        kind: checkpoint.Component(component.config, _loader(component), _identity(component))
         for kind, component in source.components.items()
     }
     namings = ", ".join(sorted({component.naming for component in source.components.values()}))
@@ -293,3 +293,12 @@ def _loader(component: ForeignComponent):
         return checkpoint.place_leaves(component.leaves, read, device)
 
     return load
+
+
+def _identity(component: ForeignComponent):
+    def identity() -> str:
+        shapes = {path: info.shape for path, info in component.leaves.items()}
+        float32 = checkpoint.as_dtype("float32")
+        return checkpoint.weights_identity(shapes, lambda p: component.read_leaf(p, float32))
+
+    return identity

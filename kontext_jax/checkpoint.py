@@ -42,8 +42,12 @@ KINDS = tuple(CONFIG_CLASSES)
 TOKENIZERS = ("t5", "clip")
 ASSETS = Path(__file__).parent / "assets"
 
+Place = Callable[[str, tuple[int, ...]], "jax.sharding.Sharding"]
+"""Path and shape of a parameter → where it goes."""
 Edits = Mapping[str, Callable[[np.ndarray], np.ndarray]]
 NO_EDITS: Edits = {}
+
+_SMALL_LEAF = 1 << 17  # values; the norms of T5-XXL, stacked, have 98,304
 
 
 @dataclasses.dataclass
@@ -53,12 +57,16 @@ class Component:
     Attributes:
       config: its sizes.
       load: `load(dtype=None, device=None, edits={}) -> params` reads the weights now, leaf by leaf,
-        each straight to `device` (a device or a sharding) and in `dtype`; None keeps the stored
-        one. `edits` maps paths of leaves to functions that change their float32 values on the way.
+        each straight to `device` (a device, a sharding, or what decides by leaf) and in `dtype`;
+        None keeps the stored one. `edits` maps paths of leaves to functions that change their
+        float32 values on the way.
+      identity: hash of its weights, the same in every layout; None to have it made of what `load`
+        reads. See `component_identity`.
     """
 
     config: Config
     load: Callable[..., Params]
+    identity: Callable[[], str] | None = None
 
 
 @dataclasses.dataclass
@@ -90,14 +98,23 @@ def as_dtype(dtype) -> np.dtype | None:
 def place_leaves(
     paths: Iterable[str],
     read: Callable[[str], np.ndarray],
-    device: jax.Device | jax.sharding.Sharding | None,
+    device: jax.Device | jax.sharding.Sharding | Place | None,
 ) -> Params:
-    """The tree of `read(path)`, each leaf on its device before the next one is read."""
+    """The tree of `read(path)`, each leaf on its device before the next one is read.
+
+    Where a sharding spans several processes, each reads the leaf and keeps its part.
+    """
     import jax
 
     leaves = {}
     for path in paths:
-        leaves[path] = jax.device_put(read(path), device).block_until_ready()
+        leaf = read(path)
+        where = device(path, leaf.shape) if callable(device) else device
+        if isinstance(where, jax.sharding.Sharding) and not where.is_fully_addressable:
+            placed = jax.make_array_from_callback(leaf.shape, where, leaf.__getitem__)
+        else:
+            placed = jax.device_put(leaf, where)
+        leaves[path] = placed.block_until_ready()
     return unflatten(leaves)
 
 
@@ -129,6 +146,34 @@ def fingerprint(readers: Mapping[str, TensorReader]) -> str:
                 middle = info.shape[0] // 2
                 digest.update(reader.read_bytes(name, middle * info.nbytes // info.shape[0], 64))
     return digest.hexdigest()
+
+
+def weights_identity(
+    shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray]
+) -> str:
+    """Hash of all shapes and of the small leaves: biases, norms, the first convolutions.
+
+    Training changes all of them, so they tell weights apart without reading gigabytes.
+
+    Args:
+      shapes: of all leaves, by path.
+      read: gives the float32 values of a leaf.
+    """
+    digest = hashlib.sha256()
+    for path, shape in sorted(shapes.items()):
+        digest.update(f"{path} {tuple(shape)}\n".encode())
+        if math.prod(shape) <= _SMALL_LEAF:
+            digest.update(np.ascontiguousarray(read(path), np.float32).tobytes())
+    return digest.hexdigest()
+
+
+def component_identity(component: Component) -> str:
+    """`weights_identity` of a component, whatever it was opened from."""
+    if component.identity is not None:
+        return component.identity()
+    leaves = dict(flatten(component.load(dtype=np.float32)))
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    return weights_identity(shapes, lambda path: np.asarray(leaves[path]))
 
 
 def read_config(directory: str | Path, kind: str) -> Config:
@@ -179,7 +224,13 @@ def _own_component(directory: Path, kind: str) -> Component:
 
             return place_leaves(file.tensors, read, device)
 
-    return Component(read_config(directory, kind), load)
+    def identity() -> str:
+        with open_params(directory, kind) as file:
+            shapes = {path: info.shape for path, info in file.tensors.items()}
+            read = functools.partial(_read_leaf, file, dtype=np.dtype(np.float32))
+            return weights_identity(shapes, read)
+
+    return Component(read_config(directory, kind), load, identity)
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
@@ -371,7 +422,7 @@ def parameter_shapes(kind: str, config: Config) -> Params:
         if kind == "mmdit":
             return mmdit.init_params(mmdit.MMDiT(config), key)
         if kind == "vae":
-            side = 2 ** len(config.ch_mult)
+            side = 2 * config.downsampling
             return vae.VAE(config).init(key, jnp.zeros((1, side, side, 3)))["params"]
         model = t5.T5Encoder(config) if kind == "t5" else clip.CLIPText(config)
         return model.init(key, tokens)["params"]

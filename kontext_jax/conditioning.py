@@ -15,13 +15,14 @@ makes of either what an objective takes.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kontext_jax import latents
-from kontext_jax.checkpoint import ModelBundle
+from kontext_jax.checkpoint import ModelBundle, Place, component_identity
 from kontext_jax.data.batches import EncodedBatch
 from kontext_jax.models.clip import CLIPText
 from kontext_jax.models.mmdit import Conditioning
@@ -211,7 +212,7 @@ def make_encoders(preset: Preset, dtype: jax.typing.DTypeLike) -> Encoders:
 def load_encoder_params(
     bundle: ModelBundle,
     dtype: jax.typing.DTypeLike,
-    device: jax.Device | jax.sharding.Sharding | None = None,
+    device: jax.Device | jax.sharding.Sharding | Place | None = None,
 ) -> Params:
     """Reads what `encode_batch` takes: text encoders in `dtype`, the small autoencoder in float32.
 
@@ -223,6 +224,27 @@ def load_encoder_params(
         kind: bundle.components[kind].load(dtype=stored[kind], device=device)
         for kind in ENCODER_KINDS
     }
+
+
+def encoder_facts(bundle: ModelBundle, max_text_tokens: int) -> dict[str, Any]:
+    """What the results of `encode_batch` depend on beside its inputs and dtype, as JSON.
+
+    Raises:
+      ValueError: the bundle lacks an encoder or a tokenizer.
+    """
+    missing = [kind for kind in ENCODER_KINDS if kind not in bundle.components]
+    missing += [f"{name} tokenizer" for name in ("t5", "clip") if name not in bundle.tokenizer_dirs]
+    if missing:
+        raise ValueError(f"{bundle.source} has no {', '.join(missing)}; name weights that have")
+    facts: dict[str, Any] = {
+        kind: {
+            "config": dataclasses.asdict(bundle.components[kind].config),
+            "weights": component_identity(bundle.components[kind]),
+        }
+        for kind in ENCODER_KINDS
+    }
+    tokenizers = Tokenizers(**bundle.tokenizer_dirs).fingerprints()
+    return {**facts, "tokenizers": tokenizers, "max_text_tokens": max_text_tokens}
 
 
 def encode_pictures(encoders: Encoders, params: Params, pixels: UInt8[Array, "B _ _ 3"]) -> Latents:

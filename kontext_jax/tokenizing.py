@@ -6,6 +6,7 @@ whole text.
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -111,6 +112,18 @@ class Tokenizers:
             clip_ids[row, : len(ids)] = ids
         return TextIds(t5_ids, clip_ids, mask), notices
 
+    def fingerprints(self) -> dict[str, str]:
+        """Hash of each tokenizer's files, of those that are read."""
+        hashes = {}
+        for kind, source in self._sources.items():
+            digest = hashlib.sha256()
+            for path in _tokenizer_files(kind, find_tokenizer_dir(source)):
+                digest.update(path.read_bytes())
+            if kind == "clip":
+                digest.update(str(self._clip[1]).encode())  # padding, which other files tell
+            hashes[kind] = digest.hexdigest()
+        return hashes
+
     def check_fit(self, t5: T5Config, clip: CLIPConfig) -> None:
         """Refuses tokenizers that make ids the encoders have no embedding for.
 
@@ -158,6 +171,23 @@ def find_tokenizer_dir(source: str | Path) -> Path:
         ) from error
 
 
+def _tokenizer_files(kind: str, folder: Path) -> list[Path]:
+    """What a tokenizer is read from.
+
+    Raises:
+      FileNotFoundError: it is not there.
+    """
+    instead = {"t5": ["spiece.model"], "clip": ["vocab.json", "merges.txt"]}[kind]
+    for names in (["tokenizer.json"], instead):
+        if all((folder / name).exists() for name in names):
+            return [folder / name for name in names]
+    found = sorted(path.name for path in folder.iterdir())
+    raise FileNotFoundError(
+        f"{folder} holds no {kind} tokenizer: expected tokenizer.json, or "
+        f"{' and '.join(instead)}; found {', '.join(found) or 'nothing'}"
+    )
+
+
 def _load_tokenizer(kind: str, folder: Path, framing: tuple[str, ...]):
     """A `tokenizers.Tokenizer` that neither cuts nor pads.
 
@@ -167,26 +197,17 @@ def _load_tokenizer(kind: str, folder: Path, framing: tuple[str, ...]):
     Args:
       framing: what the tokenizer must make of an empty text.
     """
-    if (folder / "tokenizer.json").exists():
+    first = _tokenizer_files(kind, folder)[0]
+    if first.name == "tokenizer.json":
         from tokenizers import Tokenizer
 
         try:
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            tokenizer = Tokenizer.from_file(str(first))
         except Exception as error:  # the library raises nothing narrower
-            raise ValueError(
-                f"{folder / 'tokenizer.json'} is no tokenizer file: {error}"
-            ) from error
-    elif kind == "t5" and (folder / "spiece.model").exists():
-        tokenizer = _convert_tokenizer("T5Tokenizer", folder)
-    elif kind == "clip" and (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        tokenizer = _convert_tokenizer("CLIPTokenizer", folder)
+            raise ValueError(f"{first} is no tokenizer file: {error}") from error
     else:
-        instead = {"t5": "spiece.model", "clip": "vocab.json and merges.txt"}[kind]
-        found = sorted(path.name for path in folder.iterdir())
-        raise FileNotFoundError(
-            f"{folder} holds no {kind} tokenizer: expected tokenizer.json, or {instead}; "
-            f"found {', '.join(found) or 'nothing'}"
-        )
+        class_name = {"t5": "T5Tokenizer", "clip": "CLIPTokenizer"}[kind]
+        tokenizer = _convert_tokenizer(class_name, folder)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     made = tokenizer.encode("").tokens

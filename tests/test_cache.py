@@ -182,8 +182,12 @@ def test_who_wrote_the_records_does_not_matter(folder, tmp_path):
 def test_a_state_of_other_records_or_options_is_refused(folder, tmp_path):
     write_folder(tmp_path, num=22)
     stream = batches(folder)
-    for other in (batches(tmp_path), batches(folder, seed=4), batches(folder, batch_size=2)):
-        with pytest.raises(ValueError, match="from other encoded samples"):
+    for what, other in (
+        ("examples was .*, now", batches(tmp_path)),
+        ("seed was 4, now 3", batches(folder, seed=4)),
+        ("batch_size was 2, now 4", batches(folder, batch_size=2)),
+    ):
+        with pytest.raises(ValueError, match=what):
             stream.restore(other.state())
         other.close()
     stream.close()

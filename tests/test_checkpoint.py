@@ -49,6 +49,19 @@ def test_a_saved_component_is_loaded_bit_for_bit(text_only):
     assert {leaf.dtype for _, leaf in flatten(halved)} == {jnp.dtype(jnp.bfloat16)}
 
 
+def test_weights_have_one_identity_until_they_change(text_only, tmp_path):
+    own = open_bundle(text_only, require=["clip"], require_tokenizers=False).components["clip"]
+    in_memory = checkpoint.Component(own.config, own.load)
+    identity = checkpoint.component_identity(own)
+    assert identity == checkpoint.component_identity(in_memory)
+    changed = params_of("clip")
+    changed["final_layer_norm"]["bias"][3] += 1e-6
+    save_component(tmp_path, "clip", TINY.clip, changed)
+    write_manifest(tmp_path, "tiny", ["clip"], "a test", None)
+    other = open_bundle(tmp_path, require=["clip"], require_tokenizers=False).components["clip"]
+    assert identity != checkpoint.component_identity(other)
+
+
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, np.float16])
 def test_other_dtypes_survive(tmp_path, dtype):
     params = params_of("clip", dtype)

@@ -80,6 +80,8 @@ def test_three_places_give_the_same_model(pipeline, ours, bfl):
             assert all(
                 np.asarray(first[p]).tobytes() == np.asarray(other[p]).tobytes() for p in first
             )
+        components = [bundle.components[kind] for bundle in bundles]
+        assert len({checkpoint.component_identity(component) for component in components}) == 1
     assert (
         len({bundle.identity for bundle in bundles}) == 3
     )  # the file beside its folder is the same

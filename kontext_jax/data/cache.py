@@ -323,10 +323,13 @@ class CachedBatches:
             fraction_with_references=fraction_with_references,
             reference_dropout=reference_dropout,
         )
-        options = [batch_size, seed, fraction_with_references, reference_dropout]
-        self._order = hashlib.blake2b(
-            json.dumps([cache.identity, *options]).encode(), digest_size=16
-        ).hexdigest()
+        self._facts = {
+            "batch_size": batch_size,
+            "seed": seed,
+            "fraction_with_references": fraction_with_references,
+            "reference_dropout": reference_dropout,
+            "examples": cache.identity,
+        }
         share = batch_size // process_count
         self._rows = range(process_index * share, (process_index + 1) * share)
         self._step, self._prefetch = 0, prefetch
@@ -349,14 +352,19 @@ class CachedBatches:
         return batch
 
     def state(self) -> dict[str, Any]:
-        return {"step": self._step, "order": self._order}
+        return {"step": self._step, **self._facts}
 
     def restore(self, state: dict[str, Any]) -> None:
-        if state["order"] != self._order:
+        differences = [
+            f"{name} was {state.get(name)}, now {value}"
+            for name, value in self._facts.items()
+            if state.get(name) != value
+        ]
+        if differences or not isinstance(state.get("step"), int):
             raise ValueError(
-                f"the batches of this run came from other encoded samples than "
-                f"{self._cache.directory}, or with another batch_size, seed or mix of references; "
-                "go back to them, or start a new run"
+                "the order of these encoded samples is not that of the run to go on with: "
+                f"{'; '.join(differences) or 'it has no step'}. Go back to what it was, or start a "
+                "new run from the weights"
             )
         for future in self._ready:
             future.cancel()

@@ -154,11 +154,24 @@ class ShardWriter:
     its folder `partial-P`, which the next one clears.
     """
 
-    def __init__(self, directory: Path, process: int, made_by: str, max_shard_bytes: int):
-        """Takes over the folder `partial-P`; see `lock_part`, which must hold it."""
+    def __init__(
+        self,
+        directory: Path,
+        process: int,
+        made_by: str,
+        max_shard_bytes: int,
+        sources: Mapping[str, str] | None = None,
+    ):
+        """Writes into the folder `partial-P` that `lock_part` holds.
+
+        Args:
+          made_by: hash of the folder's facts.
+          max_shard_bytes: size at which a shard is closed.
+          sources: what to remember of the data: name → identity.
+        """
         self._directory, self._process = directory, process
         self._partial = directory / f"partial-{process:05d}"
-        self._made_by, self._max_bytes = made_by, max_shard_bytes
+        self._made_by, self._max_bytes, self._sources = made_by, max_shard_bytes, sources or {}
         numbers = [number for p, number, _ in shard_paths(directory) if p == process]
         self._number = max(numbers, default=-1) + 1
         self._writer: ArrayRecordWriter | None = None
@@ -191,6 +204,8 @@ class ShardWriter:
             self._count = self._bytes = 0
         record = pack_record({"made_by": self._made_by, **header}, arrays)
         self._writer.write(record)
+        if not self._writer.ok():
+            raise self._unwritable("the disk refuses")
         self._count += 1
         self._bytes += len(record)
 
@@ -199,20 +214,24 @@ class ShardWriter:
         if self._writer is None:
             return
         samples = [[place, *entry.as_json()] for place, entry in self._samples.items()]
-        index = {"made_by": self._made_by, "samples": samples, "texts": list(self._texts.items())}
-        self._writer.write(pack_record(index, {}))
-        self._writer.close()
+        index = {"samples": samples, "texts": list(self._texts.items()), "sources": self._sources}
+        self._writer.write(pack_record({"made_by": self._made_by, **index}, {}))
+        try:
+            self._writer.close()
+        except RuntimeError as error:
+            raise self._unwritable(error) from None
         self._writer = None
         with self._unfinished.open("rb") as file:
             os.fsync(file.fileno())
         self._unfinished.replace(self._directory / self._unfinished.name)
         self._number += 1
 
-    def abort(self) -> None:
-        """Drops the shard that is not finished."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+    def _unwritable(self, why: object) -> CacheError:
+        free = shutil.disk_usage(self._directory).free
+        return CacheError(
+            f"{self._unfinished} cannot be written: {why} ({free / 1e9:.3g} GB are free); make "
+            "room and run the same again: what finished shards hold is kept"
+        )
 
 
 @contextlib.contextmanager
@@ -268,6 +287,7 @@ class Shard:
         try:
             self.samples = {n: SampleEntry.from_json(row) for n, *row in index["samples"]}
             self.texts = dict(index["texts"])
+            self.sources: dict[str, str] = dict(index["sources"])
         except (KeyError, TypeError, ValueError) as error:
             raise self._damaged(f"its last record is no index ({error!r})") from None
 

@@ -1,0 +1,464 @@
+"""Encodes the samples of a data set into records on disk, each process its share.
+
+Samples of the same sizes are read ahead by threads, encoded in batches of one fixed size (the last
+one of a size is filled up) and written while the next batch computes. What finished shards hold is
+not made again, so a run that was killed goes on where its last shard ended.
+"""
+
+import collections
+import dataclasses
+import functools
+import itertools
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kontext_jax.checkpoint import ModelBundle
+from kontext_jax.conditioning import (
+    Encoders,
+    encode_pictures,
+    encode_prompts,
+    load_encoder_params,
+    make_encoders,
+)
+from kontext_jax.data.buckets import Kind
+from kontext_jax.data.dataset import Dataset
+from kontext_jax.data.encoded_records import (
+    CacheError,
+    SampleEntry,
+    Shard,
+    ShardWriter,
+    prompt_key,
+    shard_paths,
+)
+from kontext_jax.data.examples import BadSample, Source
+from kontext_jax.data.index import hash_id
+from kontext_jax.data.plan import sample_places
+from kontext_jax.data.transforms import fit_pictures, names_a_side
+from kontext_jax.metrics import duration
+from kontext_jax.models.presets import Preset
+from kontext_jax.tokenizing import Tokenizers
+
+Tell = Callable[[str], None]
+_TOLD = 5  # bad samples of each reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Cutting:
+    """How pictures are cut; the sizes are the data set's."""
+
+    random_crop: bool = False
+    flip: bool = False
+    variants: int = 1
+
+    def __post_init__(self):
+        if self.variants < 1:
+            raise ValueError(f"variants is {self.variants}; expected at least 1")
+        if self.variants > 1 and not (self.random_crop or self.flip):
+            raise ValueError(
+                f"{self.variants} variants would all be the same; add --random_crop or --flip, or "
+                "leave out --variants"
+            )
+
+    def facts(self, buckets: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """What cut pictures depend on beside the files."""
+        rule = "cover, cut, Pillow's Lanczos"
+        return {**dataclasses.asdict(self), "buckets": list(map(list, buckets)), "resize": rule}
+
+    def cut(
+        self, pictures: Sequence[np.ndarray], kind: Kind, text: str, id_hash: int, variant: int
+    ) -> list[np.ndarray]:
+        """One variant of a sample's pictures: the same whenever it is asked for."""
+        x, y, coin = sample_places(0, id_hash, variant)
+        mirrored = self.flip and coin < 0.5 and not names_a_side(text)
+        return fit_pictures(pictures, kind, (x, y) if self.random_crop else (0.5, 0.5), mirrored)
+
+
+class Networks:
+    """The frozen encoders on this process's devices, for batches of one fixed size.
+
+    Args:
+      bundle: where the weights are.
+      dtype: in which they compute, and of what they give.
+      batch_size: split over the devices.
+      max_text_tokens: of T5.
+      tell: is given a line for each prompt that T5 sees only the beginning of.
+
+    Raises:
+      ValueError: the devices cannot share the batch, or tokenizers and encoders do not fit.
+    """
+
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        dtype: jax.typing.DTypeLike,
+        batch_size: int,
+        max_text_tokens: int,
+        tell: Tell,
+    ):
+        devices = jax.local_devices()
+        if batch_size < 1 or batch_size % len(devices):
+            raise ValueError(
+                f"batch_size {batch_size} is not divisible by the {len(devices)} devices of this "
+                f"process; the nearest that is: {max(1, round(batch_size / len(devices)))}"
+                f"×{len(devices)}"
+            )
+        mesh = Mesh(np.array(devices), ("data",))
+        self._split = NamedSharding(mesh, PartitionSpec("data"))
+        self.batch_size, self.max_text_tokens, self._tell = batch_size, max_text_tokens, tell
+        self.tokenizers = Tokenizers(**bundle.tokenizer_dirs)
+        self.tokenizers.check_fit(bundle.preset.t5, bundle.preset.clip)
+        self.encoders: Encoders = make_encoders(bundle.preset, dtype)
+        self.params = load_encoder_params(bundle, dtype, NamedSharding(mesh, PartitionSpec()))
+
+    def encode_pictures(self, pictures: Sequence[np.ndarray]) -> jax.Array:
+        """Latents [batch_size, …] of up to batch_size pictures of one size; under way."""
+        pixels = jax.device_put(np.stack(_filled(pictures, self.batch_size)), self._split)
+        return _encode_pictures(self.encoders, self.params, pixels)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> tuple[jax.Array, jax.Array]:
+        """txt and vec [batch_size, …] of up to batch_size prompts; under way."""
+        ids, notices = self.tokenizers.tokenize(prompts, self.max_text_tokens)
+        for notice in notices:
+            self._tell(notice)
+        ids = jax.tree.map(lambda rows: np.stack(_filled(rows, self.batch_size)), ids)
+        return _encode_prompts(self.encoders, self.params, jax.device_put(ids, self._split))
+
+    def null_text(self) -> tuple[np.ndarray, np.ndarray]:
+        """txt [T, D] and vec [D] of the empty prompt."""
+        txt, vec = self.encode_prompts([""])
+        return np.asarray(txt[0]), np.asarray(vec[0])
+
+
+_encode_pictures = jax.jit(encode_pictures, static_argnums=0)
+_encode_prompts = jax.jit(encode_prompts, static_argnums=0)
+
+
+def _filled(rows: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
+    """`rows`, the last one repeated up to `count`."""
+    return [*rows, *[rows[-1]] * (count - len(rows))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What finished shards hold, of all processes.
+
+    Attributes:
+      text_of: (hash of a sample's id, variant) → key of its prompt.
+      texts: keys of prompts whose features are there.
+      sources: name → identities of the data at the times of encoding.
+    """
+
+    text_of: Mapping[tuple[int, int], str]
+    texts: frozenset[str]
+    sources: Mapping[str, set[str]]
+
+
+def read_stored(directory: Path, made_by: str) -> Stored:
+    """Looks into every finished shard.
+
+    Raises:
+      CacheError: one is damaged or made in another way.
+    """
+    text_of, texts, sources = {}, set(), {}
+    for _, _, path in shard_paths(directory):
+        shard = Shard(path, made_by)
+        for entry in shard.samples.values():
+            text_of[hash_id(entry.id), entry.variant] = entry.text
+        texts |= set(shard.texts.values())
+        for name, identity in shard.sources.items():
+            sources.setdefault(name, set()).add(identity)
+    return Stored(text_of, frozenset(texts), sources)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A sample of which something is missing: variants, or with none its text features alone."""
+
+    number: int  # in the data set
+    kind: Kind
+    variants: tuple[int, ...]
+
+
+def list_jobs(
+    dataset: Dataset,
+    stored: Stored,
+    num_variants: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> tuple[list[Job], int]:
+    """What a process still has to do, by sizes; and how many (sample, variant) it did before.
+
+    Samples are shared by the hash of their id, whatever else is in the data.
+
+    Raises:
+      ValueError: two samples have the same id, or stored ones had another prompt.
+    """
+    numbers = np.flatnonzero(dataset.kind_of >= 0)
+    _check_unique(dataset, numbers)
+    changed = {
+        source.name
+        for source in dataset.sources
+        if stored.sources.get(source.name, set()) - {source.identity()}
+    }
+    share = numbers[dataset.index.ids[numbers] % np.uint64(process_count) == process_index]
+    share = share[np.argsort(dataset.kind_of[share], kind="stable")]
+    jobs, num_done = [], 0
+    for number in share.tolist():
+        id_hash = int(dataset.index.ids[number])
+        done = [v for v in range(num_variants) if (id_hash, v) in stored.text_of]
+        num_done += len(done)
+        missing = tuple(v for v in range(num_variants) if v not in done)
+        if done and _source_of(dataset, number).name in changed:
+            _check_prompt(dataset, number, stored.text_of[id_hash, done[0]])
+        lacks_text = any(stored.text_of[id_hash, v] not in stored.texts for v in done)
+        if missing or lacks_text:
+            jobs.append(Job(number, dataset.kinds[dataset.kind_of[number]], missing))
+    return jobs, num_done
+
+
+def _source_of(dataset: Dataset, number: int) -> Source:
+    return dataset.sources[int(np.searchsorted(dataset.starts, number, side="right")) - 1]
+
+
+def _check_unique(dataset: Dataset, numbers: np.ndarray) -> None:
+    ids, counts = np.unique(dataset.index.ids[numbers], return_counts=True)
+    if (counts > 1).any():
+        twice = numbers[dataset.index.ids[numbers] == ids[counts > 1][0]]
+        raise ValueError(
+            f"{int((counts - 1).sum())} samples have an id that another one has too, such as "
+            f"{dataset.name(int(twice[0]))}; records are found by their id, so name a column of "
+            "unique ones with --id_column (python -m kontext_jax.data.check lists all)"
+        )
+
+
+def _check_prompt(dataset: Dataset, number: int, key: str) -> None:
+    example = dataset.example(number)
+    if prompt_key(example.text) != key:
+        raise ValueError(
+            f"sample {example.id} had another text when it was encoded, now “{example.text[:80]}”: "
+            "the data has changed; encode it into another folder"
+        )
+
+
+def bytes_needed(
+    preset: Preset, itemsize: int, max_text_tokens: int, jobs: Sequence[Job]
+) -> tuple[int, int]:
+    """(bytes of the latents of `jobs`, bytes of the text features of one prompt)."""
+    cell = preset.vae.downsampling
+    values = sum(
+        len(job.variants) * (width // cell) * (height // cell) * preset.vae.z_channels
+        for job in jobs
+        for width, height in (job.kind.target, *job.kind.contexts)
+    )
+    text = max_text_tokens * preset.t5.d_model + preset.clip.hidden_size
+    return values * itemsize, text * itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sample:
+    """A sample as it was read: its cut pictures by variant."""
+
+    id: str
+    kind: Kind
+    text: str
+    pictures: Mapping[int, Sequence[np.ndarray]]
+
+
+class Encoding:
+    """One process's work; `run` does it, and `counts` tells of what was skipped."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        cutting: Cutting,
+        networks: Networks,
+        writer: ShardWriter,
+        texts: frozenset[str],
+        *,
+        stop_at_bad: bool,
+        threads: int,
+        tell: Tell,
+    ):
+        self._dataset, self._cutting, self._networks = dataset, cutting, networks
+        self._writer, self._texts = writer, set(texts)
+        self._stop_at_bad, self._threads, self._tell = stop_at_bad, threads, tell
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.num_written = 0
+
+    def run(self, jobs: Sequence[Job], on_progress: Callable[[int], None]) -> None:
+        """Encodes and writes everything that `jobs` ask for.
+
+        Args:
+          on_progress: is given the number of (sample, variant) that are dealt with.
+
+        Raises:
+          BadSample: a sample that cannot be read, where that is to stop everything.
+          FloatingPointError: what the encoders gave is not finite.
+        """
+        pending: Callable[[], None] | None = None
+        dealt_with = 0
+        with futures.ThreadPoolExecutor(self._threads, "encode-read") as pool:
+            for rows in self._batches(pool, jobs):
+                write_next = self._start(rows)
+                if pending is not None:
+                    pending()
+                pending = write_next
+                dealt_with += len(rows)
+                on_progress(dealt_with + sum(self.counts.values()))
+        if pending is not None:
+            pending()
+        self._writer.finish_shard()
+
+    def _batches(
+        self, pool: futures.Executor, jobs: Sequence[Job]
+    ) -> Iterator[list[tuple[_Sample, int | None]]]:
+        """Up to batch_size (sample, variant) of one kind; variant None: the text alone."""
+        for _, group in itertools.groupby(jobs, key=lambda job: job.kind):
+            rows: list[tuple[_Sample, int | None]] = []
+            for sample in self._read_ahead(pool, list(group)):
+                rows += [(sample, variant) for variant in sample.pictures or (None,)]
+                while len(rows) >= self._networks.batch_size:
+                    yield rows[: self._networks.batch_size]
+                    rows = rows[self._networks.batch_size :]
+            if rows:
+                yield rows
+
+    def _read_ahead(self, pool: futures.Executor, jobs: Sequence[Job]) -> Iterator[_Sample]:
+        ahead = 2 * self._networks.batch_size + self._threads
+        reading: collections.deque[tuple[Job, futures.Future]] = collections.deque()
+        for job in itertools.chain(jobs, [None] * ahead):
+            if job is not None:
+                reading.append((job, pool.submit(self._read, job)))
+            if reading and (job is None or len(reading) > ahead):
+                read_job, future = reading.popleft()
+                try:
+                    yield future.result()
+                except BadSample as error:
+                    self._skip(error, max(1, len(read_job.variants)))
+
+    def _read(self, job: Job) -> _Sample:
+        dataset = self._dataset
+        if not job.variants:
+            example = dataset.example(job.number)
+            return _Sample(example.id, job.kind, example.text, {})
+        example, pictures = dataset.pictures(job.number, len(job.kind.contexts))
+        id_hash = int(dataset.index.ids[job.number])
+        cut = functools.partial(self._cutting.cut, pictures, job.kind, example.text, id_hash)
+        return _Sample(example.id, job.kind, example.text, {v: cut(v) for v in job.variants})
+
+    def _skip(self, error: BadSample, num_variants: int) -> None:
+        if self._stop_at_bad:
+            raise BadSample(
+                error.reason, f"{error}. Mend it, or let it be skipped (--on_bad_sample skip)"
+            )
+        self.counts[error.reason] += num_variants
+        if self.counts[error.reason] <= _TOLD * num_variants:
+            self._tell(f"skipped: {error.reason}: {error}")
+
+    def _start(self, rows: Sequence[tuple[_Sample, int | None]]) -> Callable[[], None]:
+        """Begins to compute a batch; returns what waits for it and writes it."""
+        prompts = [
+            prompt
+            for prompt in dict.fromkeys(sample.text for sample, _ in rows)
+            if prompt_key(prompt) not in self._texts
+        ]
+        self._texts |= set(map(prompt_key, prompts))
+        text = self._networks.encode_prompts(prompts) if prompts else None
+        pictured = [(sample, variant) for sample, variant in rows if variant is not None]
+        kind = rows[0][0].kind
+        columns = (
+            [
+                self._networks.encode_pictures([s.pictures[v][i] for s, v in pictured])
+                for i in range(1 + len(kind.contexts))
+            ]
+            if pictured
+            else []
+        )
+
+        def write() -> None:
+            names = [sample.id for sample, _ in rows]
+            if text is not None:
+                txt, vec = (_finite(array, names) for array in text)
+                for i, prompt in enumerate(prompts):
+                    self._writer.add_text(prompt, txt[i], vec[i])
+            latents = [_finite(column, names) for column in columns]
+            for i, (sample, variant) in enumerate(pictured):
+                entry = SampleEntry(sample.id, variant, sample.kind, prompt_key(sample.text))
+                x0, *contexts = (column[i] for column in latents)
+                self._writer.add_sample(entry, x0, tuple(contexts))
+            self.num_written += len(pictured)
+
+        return write
+
+
+def _finite(x: jax.Array, names: Sequence[str]) -> np.ndarray:
+    array = np.asarray(x)
+    if not np.isfinite(array.astype(np.float32)).all():
+        raise FloatingPointError(
+            "the encoders gave NaN or infinity for one of these samples, so nothing of them was "
+            f"written: {', '.join(names)}. Weights or --dtype do not suit them"
+        )
+    return array
+
+
+def check_room(directory: Path, needed: int, what: str) -> int:
+    """Free bytes of the disk; raises CacheError if they are fewer than `needed`."""
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise CacheError(
+            f"{directory} has {size_text(free)} free, but {what} {size_text(needed)}; make room or "
+            "name another --out. What finished shards hold is kept"
+        )
+    return free
+
+
+def size_text(count: float) -> str:
+    """Bytes for people: "4.2 MB"."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 999.5 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:.3g} {unit}" if count < 999.5 else f"{count:,.0f} {unit}"
+
+
+class ProgressLine:
+    """How far the work is: images a second and what is left of the time.
+
+    Args:
+      total: (sample, variant) of this run.
+      images_per: pictures in one of them, on average.
+      show: is given the line.
+      every_s: seconds between lines.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        images_per: float,
+        show: Tell,
+        every_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._total, self._images_per, self._show = total, images_per, show
+        self._every_s, self._clock = every_s, clock
+        self._start = self._last = clock()
+
+    def __call__(self, done: int) -> None:
+        now = self._clock()
+        if now - self._last < self._every_s:
+            return
+        self._last = now
+        rate = done / (now - self._start)
+        left = duration((self._total - done) / rate) if rate else "?"
+        self._show(
+            f"encoded {done:,} of {self._total:,} · {rate * self._images_per:.3g} images/s · "
+            f"{left} left"
+        )
