@@ -4,7 +4,7 @@ An edit succeeds if the whole scene, read back from the result's pixels, is the 
 and everything that was to stay. With A the source, B the target, out the result, ΔE the CIE76
 colour difference, and M the pixels where ΔE(A, B) > 5:
 
-    iou        |right| / |M ∪ wrong|,  right: M and ΔE(out, B) ≤ 10,  wrong: not M and ΔE(out, A) > 10
+    iou        |right| / |M ∪ wrong|;  right: M, ΔE(out, B) ≤ 10;  wrong: not M, ΔE(out, A) > 10
     edited     part of M that is right
     preserved  part of the rest with ΔE(out, A) ≤ 5
     psnr       of out against A outside M, in dB, at most 60
