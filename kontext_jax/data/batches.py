@@ -53,7 +53,7 @@ class Batches(Protocol):
     """An endless, resumable stream of batches.
 
     Attributes:
-      counts: how often what happened since the start of the run, by its name, for the log: examples
+      counts: how often what happened since this object was made, by its name, for the log: examples
         skipped by reason, filtered, epochs begun.
     """
 

@@ -125,11 +125,12 @@ def _descriptions() -> dict[str, str]:
 
 def make_report(dataset: Dataset, batch_size: int) -> dict[str, Any]:
     """What there is, what is wrong with it, and how it falls into batches, as JSON."""
-    bad: dict[str, list[str]] = {}
-    left_out: dict[str, list[str]] = {}
-    for _, problem in sorted(dataset.problems.items()):
-        where = bad if is_bad(problem.reason) else left_out
-        where.setdefault(problem.reason, []).append(problem.message)
+    messages = {
+        reason: [dataset.message(int(number)) for number in found]
+        for reason, found in dataset.not_used().items()
+    }
+    bad = {reason: messages[reason] for reason in messages if is_bad(reason)}
+    left_out = {reason: messages[reason] for reason in messages if not is_bad(reason)}
     duplicates = _duplicates(dataset)
     kinds, steps = [], 0.0
     per_kind = np.bincount(dataset.kind_of[dataset.kind_of >= 0], minlength=len(dataset.kinds))

@@ -1,6 +1,5 @@
 """The examples of a config: opened, indexed, sorted out, and given their sizes."""
 
-import collections
 import dataclasses
 import hashlib
 import os
@@ -12,13 +11,19 @@ from kontext_jax.data.buckets import Kind, aspect_mismatch, assign_kinds, bucket
 from kontext_jax.data.config import DataConfig
 from kontext_jax.data.examples import BadSample, ColumnNames, Example, Source
 from kontext_jax.data.filters import make_filter
-from kontext_jax.data.index import FILTERED, Index, Problem, build_index, decode_example, hash_id
+from kontext_jax.data.index import FILTERED, Index, build_index, decode_example, hash_id
 from kontext_jax.data.sources import open_sources
 
 NO_TEXT = "no text"
 NO_REFERENCE = "no reference"
 MISMATCH = "mismatched aspect ratios"
 HAS_REFERENCES = "left out: has references"
+_DETAILS = {
+    NO_TEXT: "its text is empty",
+    NO_REFERENCE: "it has no reference, and fraction_with_references is 1",
+    MISMATCH: "aspect ratios of target and reference differ by more than largest_aspect_mismatch",
+    HAS_REFERENCES: "it has references, and fraction_with_references is 0",
+}
 _TOLD = 5  # samples of each reason
 
 
@@ -28,7 +33,8 @@ class Dataset:
 
     Attributes:
       starts: int [sources + 1], number of the first example of each source.
-      problems: why the examples that are not used are not, by number.
+      reasons: why examples are not used.
+      reason_of: int16 [N], index into `reasons`; -1 for what is used.
       kind_of: int [N], index into `kinds`; -1 for what is not used.
       repeats: float [N], how often an epoch shows each.
     """
@@ -36,7 +42,8 @@ class Dataset:
     sources: tuple[Source, ...]
     starts: np.ndarray
     index: Index
-    problems: dict[int, Problem]
+    reasons: tuple[str, ...]
+    reason_of: np.ndarray
     kinds: tuple[Kind, ...]
     kind_of: np.ndarray
     repeats: np.ndarray
@@ -75,9 +82,20 @@ class Dataset:
             source = int(np.searchsorted(self.starts, number, side="right")) - 1
             return f"{self.sources[source].name}/{number - int(self.starts[source])}"
 
-    def counts(self) -> dict[str, int]:
-        """How many samples are not used, by reason."""
-        return dict(collections.Counter(problem.reason for problem in self.problems.values()))
+    def not_used(self) -> dict[str, np.ndarray]:
+        """Numbers of the examples that are not used, by reason."""
+        return {
+            reason: found
+            for i, reason in enumerate(self.reasons)
+            if len(found := np.flatnonzero(self.reason_of == i))
+        }
+
+    def message(self, number: int) -> str:
+        """Why an example is not used, with its id."""
+        if (message := self.index.messages.get(number)) is not None:
+            return message
+        reason = self.reasons[self.reason_of[number]]
+        return f"sample {self.name(number)}: {_DETAILS.get(reason, reason)}"
 
     def fingerprint(self) -> str:
         """Changes when the examples, their kinds or their repeats do."""
@@ -141,79 +159,61 @@ def open_dataset(
     starts = np.cumsum([0, *map(len, sources)])
     kind_of, kinds = assign_kinds(index.sizes, buckets)
     weights = config.weights or (1.0,) * len(sources)
+    reasons, reason_of = _reasons(index, config)
+    used, kind_of[reason_of >= 0] = reason_of < 0, -1
+    still = np.unique(kind_of[used])  # kinds that have a usable example
+    renumbered = np.full(len(kinds) + 1, -1)
+    renumbered[still] = np.arange(len(still))
     dataset = Dataset(
         sources=tuple(sources),
         starts=starts,
         index=index,
-        problems={},
-        kinds=kinds,
-        kind_of=kind_of,
+        reasons=reasons,
+        reason_of=reason_of,
+        kinds=tuple(kinds[k] for k in still),
+        kind_of=renumbered[kind_of],
         repeats=np.repeat(np.array(weights, float), np.diff(starts)),
     )
-    dataset = dataclasses.replace(dataset, problems=_problems(dataset, config))
     _raise_or_tell(dataset, config, tell if process_index == 0 else lambda _: None)
-    return _without_problems(dataset)
+    return dataset
 
 
-def _problems(dataset: Dataset, config: DataConfig) -> dict[int, Problem]:
-    index = dataset.index
-    problems = dict(index.problems)
+def _reasons(index: Index, config: DataConfig) -> tuple[tuple[str, ...], np.ndarray]:
+    """What the index knows, and after it what the options find wrong: reasons, whose is which."""
+    reasons, reason_of = list(index.reasons), index.reason_of.copy()
 
-    def add(which: np.ndarray, reason: str, message: str) -> None:
-        for number in np.flatnonzero(which):
-            if int(number) not in problems:
-                name = dataset.name(int(number))
-                problems[int(number)] = Problem(reason, f"sample {name}: {message}")
+    def add(which: np.ndarray, reason: str) -> None:
+        reason_of[which & (reason_of < 0)] = len(reasons)
+        reasons.append(reason)
 
-    add(~index.has_text, NO_TEXT, "its text is empty")
+    add(~index.has_text, NO_TEXT)
     contexts = index.num_contexts
     if config.fraction_with_references == 1:
-        add(contexts == 0, NO_REFERENCE, "fraction_with_references is 1 and it has no reference")
+        add(contexts == 0, NO_REFERENCE)
     if config.fraction_with_references == 0:
-        add(contexts > 0, HAS_REFERENCES, "fraction_with_references is 0")
+        add(contexts > 0, HAS_REFERENCES)
     if config.largest_aspect_mismatch:
-        mismatch = aspect_mismatch(index.sizes)
-        add(
-            mismatch > config.largest_aspect_mismatch,
-            MISMATCH,
-            "aspect ratios of target and reference differ by a factor above "
-            f"{config.largest_aspect_mismatch:g}",
-        )
-    return problems
+        add(aspect_mismatch(index.sizes) > config.largest_aspect_mismatch, MISMATCH)
+    return tuple(reasons), reason_of
 
 
 def _raise_or_tell(dataset: Dataset, config: DataConfig, tell: Callable[[str], None]) -> None:
-    by_reason: dict[str, list[str]] = {}
-    for _, problem in sorted(dataset.problems.items()):
-        by_reason.setdefault(problem.reason, []).append(problem.message)
-    bad = {reason: messages for reason, messages in by_reason.items() if is_bad(reason)}
-    if bad and config.on_bad_sample == "stop":
-        reason, messages = next(iter(bad.items()))
-        number = sum(map(len, bad.values()))
+    not_used = dataset.not_used()
+    bad = np.concatenate([[], *(found for reason, found in not_used.items() if is_bad(reason))])
+    if len(bad) and config.on_bad_sample == "stop":
+        first = int(bad.min())
+        reason = dataset.reasons[dataset.reason_of[first]]
         raise BadSample(
             reason,
-            f"{messages[0]} ({reason}; the first of {number} bad samples). Mend the data "
-            '(python -m kontext_jax.data.check lists them), or set data.on_bad_sample to "skip"',
+            f"{dataset.message(first)} ({reason}; the first of {len(bad)} bad samples). Mend the "
+            "data (python -m kontext_jax.data.check lists them), or set data.on_bad_sample to "
+            '"skip"',
         )
     for source in dataset.sources:
         tell(f"data: {source.name}: {len(source):,} samples; {source.columns}")
-    for reason, messages in by_reason.items():
-        tell(f"data: {len(messages):,} samples not used: {reason}")
-        for message in messages[:_TOLD]:
-            tell(f"  {message}")
-        if len(messages) > _TOLD:
-            tell(
-                f"  and {len(messages) - _TOLD:,} more; python -m kontext_jax.data.check lists all"
-            )
-
-
-def _without_problems(dataset: Dataset) -> Dataset:
-    """Leaves out bad samples, and kinds that have no other."""
-    kind_of = dataset.kind_of.copy()
-    kind_of[list(dataset.problems)] = -1
-    used = np.unique(kind_of[kind_of >= 0])
-    renumbered = np.full(len(dataset.kinds) + 1, -1)
-    renumbered[used] = np.arange(len(used))
-    return dataclasses.replace(
-        dataset, kinds=tuple(dataset.kinds[k] for k in used), kind_of=renumbered[kind_of]
-    )
+    for reason, found in not_used.items():
+        tell(f"data: {len(found):,} samples not used: {reason}")
+        for number in found[:_TOLD]:
+            tell(f"  {dataset.message(int(number))}")
+        if len(found) > _TOLD:
+            tell(f"  and {len(found) - _TOLD:,} more; python -m kontext_jax.data.check lists all")

@@ -51,6 +51,9 @@ class BadSample(ValueError):
         super().__init__(message)
         self.reason = reason
 
+    def __reduce__(self):
+        return BadSample, (self.reason, str(self))  # comes from worker processes whole
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageRef:

@@ -25,17 +25,9 @@ from kontext_jax.images import decode_picture, picture_size, quiet_pillow
 from kontext_jax.sizes import Size
 
 FILTERED = "filtered: "  # begins the reasons that are no defects
-_VERSION = 1
+_VERSION = 2
 _CHUNK = 4096  # samples
 _TELL_EVERY_S = 10
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """Why a sample is not used: a few words that others share, and a message that names it."""
-
-    reason: str
-    message: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +39,17 @@ class Index:
       sizes: int32 [N, 1 + K, 2], width and height in pixels of the target and of up to K
         references; zeros where there is none.
       has_text: bool [N].
-      problems: by number of the sample.
+      reasons: why samples are not used, a few words that they share.
+      reason_of: int16 [N], index into `reasons`; -1 where none is known.
+      messages: by number of the sample, where there is more to say than the reason.
     """
 
     ids: np.ndarray
     sizes: np.ndarray
     has_text: np.ndarray
-    problems: dict[int, Problem]
+    reasons: tuple[str, ...]
+    reason_of: np.ndarray
+    messages: dict[int, str]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -68,7 +64,8 @@ class _Entry:
     id_hash: int
     sizes: tuple[Size, ...]
     has_text: bool
-    problem: Problem | None
+    reason: str = ""
+    message: str = ""
 
 
 def build_index(
@@ -166,11 +163,15 @@ def _scan(
     sizes = np.zeros((len(entries), max(1, width), 2), np.int32)
     for i, entry in enumerate(entries):
         sizes[i, : len(entry.sizes)] = np.array(entry.sizes).reshape(-1, 2)
+    reasons = tuple(dict.fromkeys(entry.reason for entry in entries if entry.reason))
+    numbers = {reason: i for i, reason in enumerate(reasons)} | {"": -1}
     return Index(
         ids=np.array([entry.id_hash for entry in entries], np.uint64),
         sizes=sizes,
         has_text=np.array([entry.has_text for entry in entries], bool),
-        problems={i: entry.problem for i, entry in enumerate(entries) if entry.problem},
+        reasons=reasons,
+        reason_of=np.array([numbers[entry.reason] for entry in entries], np.int16),
+        messages={i: entry.message for i, entry in enumerate(entries) if entry.message},
     )
 
 
@@ -179,9 +180,9 @@ def _examine(source: Source, index: int, filter: Filter | None, verify: bool) ->
         example = source[index]
     except BadSample as error:
         own_id = f"{source.name}/{index}"
-        return _Entry(hash_id(own_id), (), True, Problem(error.reason, str(error)))
+        return _Entry(hash_id(own_id), (), True, error.reason, str(error))
     refs = (example.target, *example.contexts)
-    problem = None
+    reason = message = ""
     try:
         if filter is None and not verify:
             sizes = tuple(_guarded(example, ref, _header) for ref in refs)
@@ -192,11 +193,11 @@ def _examine(source: Source, index: int, filter: Filter | None, verify: bool) ->
                 for ref, data in zip(refs, files, strict=True)
             ]
             sizes = tuple((p.shape[1], p.shape[0]) for p in pixels)
-            if filter is not None and (reason := filter(example, files, pixels)) is not None:
-                problem = Problem(f"{FILTERED}{reason}", f"sample {example.id} {FILTERED}{reason}")
+            if filter is not None and (dropped := filter(example, files, pixels)) is not None:
+                reason = FILTERED + dropped
     except BadSample as error:
-        sizes, problem = (), Problem(error.reason, str(error))
-    return _Entry(hash_id(example.id), sizes, bool(example.text), problem)
+        sizes, reason, message = (), error.reason, str(error)
+    return _Entry(hash_id(example.id), sizes, bool(example.text), reason, message)
 
 
 def _header(ref: ImageRef) -> Size:
@@ -243,25 +244,28 @@ def hash_id(text: str) -> int:
 
 
 def _save(index: Index, file) -> None:
-    problems = [[i, p.reason, p.message] for i, p in index.problems.items()]
+    words = {"reasons": index.reasons, "messages": list(index.messages.items())}
     np.savez(
         file,
         ids=index.ids,
         sizes=index.sizes,
         has_text=index.has_text,
-        problems=np.array(json.dumps(problems)),
+        reason_of=index.reason_of,
+        words=np.array(json.dumps(words)),
     )
 
 
 def _load(path: epath.Path) -> Index:
     try:
         with path.open("rb") as file, np.load(file) as arrays:
-            problems = json.loads(str(arrays["problems"]))
+            words = json.loads(str(arrays["words"]))
             return Index(
                 arrays["ids"],
                 arrays["sizes"],
                 arrays["has_text"],
-                {i: Problem(reason, message) for i, reason, message in problems},
+                tuple(words["reasons"]),
+                arrays["reason_of"],
+                {int(i): message for i, message in words["messages"]},
             )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"index {path} is damaged ({error}); delete it") from error
@@ -270,6 +274,7 @@ def _load(path: epath.Path) -> Index:
 def _concatenate(parts: Sequence[Index]) -> Index:
     width = max((part.sizes.shape[1] for part in parts), default=1)
     starts = np.cumsum([0, *(len(part) for part in parts)])
+    reasons = tuple(dict.fromkeys(reason for part in parts for reason in part.reasons))
     return Index(
         ids=np.concatenate([part.ids for part in parts]),
         sizes=np.concatenate(
@@ -279,9 +284,16 @@ def _concatenate(parts: Sequence[Index]) -> Index:
             ]
         ),
         has_text=np.concatenate([part.has_text for part in parts]),
-        problems={
-            int(start) + i: problem
+        reasons=reasons,
+        reason_of=np.concatenate(
+            [
+                np.array([*map(reasons.index, part.reasons), -1], np.int16)[part.reason_of]
+                for part in parts
+            ]
+        ),
+        messages={
+            int(start) + i: message
             for start, part in zip(starts, parts, strict=False)
-            for i, problem in part.problems.items()
+            for i, message in part.messages.items()
         },
     )

@@ -16,7 +16,7 @@ from absl import flags
 
 from kontext_jax.data.batches import ImageBatch
 from kontext_jax.data.config import DataConfig
-from kontext_jax.data.dataset import Dataset, open_dataset
+from kontext_jax.data.dataset import Dataset, is_bad, open_dataset
 from kontext_jax.data.examples import BadSample, Example
 from kontext_jax.data.plan import Plan, PlannedBatch, sample_places
 from kontext_jax.data.transforms import fit_pictures, names_a_side
@@ -153,7 +153,10 @@ class Loader:
     def __init__(self, reader: _Reader, config: DataConfig, tell: Callable[[str], None]):
         self.plan, self.dataset = reader.plan, reader.dataset
         self.counts = collections.Counter(
-            {f"skipped: {reason}": n for reason, n in self.dataset.counts().items()}
+            {
+                f"skipped: {reason}" if is_bad(reason) else reason: len(found)
+                for reason, found in self.dataset.not_used().items()
+            }
         )
         self._reader, self._config, self._tell = reader, config, tell
         self._step, self._rows = 0, None

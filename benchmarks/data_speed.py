@@ -1,0 +1,147 @@
+"""Throughput of the input pipeline, and how many cores a training step on 64 chips needs.
+
+    python benchmarks/data_speed.py                        # two minutes; prints one line of JSON
+    python benchmarks/data_speed.py --step_time_s 1.5
+
+JPEG pairs (quality 92, photo-like) are written in every format, then read, decoded, cut to the
+bucket and stacked by the loader that training uses. Figures are per second of CPU time, over all
+threads, so that other work on the machine matters less.
+"""
+
+import argparse
+import io
+import json
+import os
+import platform
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, features
+
+from kontext_jax.data.config import DataConfig
+from kontext_jax.data.examples import Example, ImageRef
+from kontext_jax.data.loader import make_loader
+from kontext_jax.data.pair_records import write_array_record
+
+
+def photo(seed: int, width: int, height: int) -> bytes:
+    """A JPEG with detail at every scale, as a photo has: noise whose spectrum falls as 1/f."""
+    rng = np.random.default_rng(seed)
+    pixels = np.zeros((height, width, 3), np.float32)
+    for octave in range(2, 10):
+        noise = rng.normal(size=(2**octave, 2**octave, 3)).clip(-3, 3)
+        small = Image.fromarray((127 + 42 * noise).astype(np.uint8))
+        pixels += np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.float32)
+    pixels = 127 + 1.8 * (pixels / 8 - 127)
+    file = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=92)
+    return file.getvalue()
+
+
+def write_sources(root: Path, count: int, width: int, height: int) -> dict[str, str]:
+    """The same pairs as a folder, parquet, a tar and ArrayRecord."""
+    samples = [
+        (photo(2 * i, width, height), photo(2 * i + 1, width, height), f"edit {i}")
+        for i in range(count)
+    ]
+    folder = root / "folder"
+    folder.mkdir()
+    lines = []
+    for i, (target, context, text) in enumerate(samples):
+        (folder / f"{i}.jpg").write_bytes(target)
+        (folder / f"{i}_context.jpg").write_bytes(context)
+        row = {"file_name": f"{i}.jpg", "context": f"{i}_context.jpg", "text": text}
+        lines.append(json.dumps(row))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    columns = {
+        "target": [{"bytes": target, "path": None} for target, _, _ in samples],
+        "context": [{"bytes": context, "path": None} for _, context, _ in samples],
+        "text": [text for _, _, text in samples],
+    }
+    pq.write_table(pa.table(columns), root / "pairs.parquet", row_group_size=16)
+    with tarfile.open(root / "pairs.tar", "w") as tar:
+        for i, (target, context, text) in enumerate(samples):
+            members = {"target.jpg": target, "context.jpg": context, "txt": text.encode()}
+            for suffix, data in members.items():
+                info = tarfile.TarInfo(f"{i:05d}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    examples = (
+        Example(str(i), ImageRef("", data=target), (ImageRef("", data=context),), text)
+        for i, (target, context, text) in enumerate(samples)
+    )
+    write_array_record(examples, root / "pairs.array_record")
+    return {
+        "folder": str(folder),
+        "parquet": str(root / "pairs.parquet"),
+        "webdataset": str(root / "pairs.tar"),
+        "array_record": str(root / "pairs.array_record"),
+    }
+
+
+def measure(source: str, steps: int, batch_size: int, threads: int) -> dict[str, float]:
+    """Pictures a second of CPU time, of wall time, and the cores that were busy."""
+    config = DataConfig(sources=(source,), threads=threads, prefetch=2)
+    batches = make_loader(config, batch_size=batch_size, seed=0, tell=lambda _: None)
+    next(batches)
+    cpu, wall = time.process_time(), time.perf_counter()
+    for _ in range(steps):
+        next(batches)
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    batches.close()
+    pictures = 2 * steps * batch_size
+    return {
+        "pictures_per_cpu_s": round(pictures / cpu, 1),
+        "pictures_per_wall_s": round(pictures / wall, 1),
+        "busy_cores": round(cpu / wall, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--count", type=int, default=48, help="pairs that are written")
+    parser.add_argument("--sizes", nargs="+", default=["1024x1024", "1600x1200"], help="on disk")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--step_time_s", type=float, default=1.0, help="of the training step")
+    parser.add_argument("--pairs_per_step", type=int, default=64, help="one for each chip")
+    args = parser.parse_args()
+    results, slowest = {}, float("inf")
+    for size in args.sizes:
+        width, height = map(int, size.split("x"))
+        with tempfile.TemporaryDirectory() as folder:
+            sources = write_sources(Path(folder), args.count, width, height)
+            bytes_each = [path.stat().st_size for path in Path(sources["folder"]).glob("*.jpg")]
+            results[size] = {"mean_kB": round(np.mean(bytes_each) / 1e3)}
+            for name, source in sources.items():
+                result = measure(source, args.steps, args.batch_size, args.threads)
+                results[size][name] = result
+                slowest = min(slowest, result["pictures_per_cpu_s"])
+                print(f"{size} {name}: {result}", file=sys.stderr)
+    needed = 2 * args.pairs_per_step / args.step_time_s / slowest
+    report = {
+        "pictures": "JPEG to the preferred size by Lanczos",
+        "python": platform.python_version(),
+        "pillow": PIL.__version__,
+        "libjpeg_turbo": features.version_feature("libjpeg_turbo"),
+        "results": results,
+        "v5p_64_chips": {
+            "pairs_per_step": args.pairs_per_step,
+            "step_time_s": args.step_time_s,
+            "cores_needed": round(needed, 1),
+            "cores_of_each_of_16_hosts": round(needed / 16, 2),
+        },
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
