@@ -91,13 +91,19 @@ class Executables:
         self._compiled: dict[Hashable, Any] = {}
 
     def get(
-        self, key: Hashable, make: Callable[[], Callable], *args: Any, **jit_options: Any
+        self,
+        key: Hashable,
+        make: Callable[[], Callable],
+        *args: Any,
+        out_shardings: Callable[[Callable], Any] | None = None,
+        donate_argnums: int | tuple[int, ...] = (),
     ) -> Callable:
         """The program of `make()` for arguments like `args`, whose call takes just such arguments.
 
         Args:
           key: names the function with all that it closes over: equal keys, equal functions.
-          jit_options: of `jax.jit`, the same for equal keys and shapes.
+          out_shardings: function → where its results go; asked once, before compiling.
+          donate_argnums: see `jax.jit`.
         """
         leaves, tree = jax.tree.flatten(args)
         shapes = tuple((jax.numpy.shape(x), _dtype(x)) for x in leaves)
@@ -105,7 +111,10 @@ class Executables:
         if full_key not in self._compiled:
             start = time.perf_counter()
             with self._timings.measure("compile"):
-                compiled = jax.jit(make(), **jit_options).lower(*args).compile()
+                function, options = make(), {"donate_argnums": donate_argnums}
+                if out_shardings is not None:
+                    options["out_shardings"] = out_shardings(function)
+                compiled = jax.jit(function, **options).lower(*args).compile()
             self._compiled[full_key] = compiled
             if self._on_compiled is not None:
                 self._on_compiled(key, compiled, time.perf_counter() - start)

@@ -18,7 +18,6 @@ from kontext_jax.models.lora import LoraConfig
 from kontext_jax.models.mmdit import Remat
 from kontext_jax.models.presets import PRESETS, Preset
 from kontext_jax.objectives.autoencoder import AutoencoderConfig
-from kontext_jax.objectives.autoencoder import AutoencoderConfig
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig
 from kontext_jax.ops.attention import Backend
 from kontext_jax.optimizer import OptimizerConfig
@@ -152,7 +151,6 @@ class TrainConfig:
     max_skipped_in_a_row: int = 10
     flow: FlowMatchingConfig = dataclasses.field(default_factory=FlowMatchingConfig)
     autoencoder: AutoencoderConfig = dataclasses.field(default_factory=AutoencoderConfig)
-    autoencoder: AutoencoderConfig = dataclasses.field(default_factory=AutoencoderConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -231,7 +229,6 @@ class TrainConfig:
 SECTIONS = {
     "lora": ("train", "lora"),
     "flow": ("objective", "flow_matching"),
-    "autoencoder": ("objective", "autoencoder"),
     "autoencoder": ("objective", "autoencoder"),
 }
 

@@ -22,8 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from kontext_jax import config_tree, train_config
 from kontext_jax.checkpoint import Place
 from kontext_jax.compiling import Executables
-from kontext_jax.images import write_png
-from kontext_jax.metrics import MetricLog, Progress, RunFiles, Speed
+from kontext_jax.metrics import Speed
 from kontext_jax.objectives.base import mean_metrics, use_key
 from kontext_jax.processes import StopRequest
 from kontext_jax.sample_grid import first_rows, make_grid
@@ -35,14 +34,14 @@ from kontext_jax.sharding import (
     process_share,
     state_shardings,
 )
-from kontext_jax.step_folders import write_text
+from kontext_jax.task_table import make_task
 from kontext_jax.train_config import TrainConfig
 from kontext_jax.training_checkpoints import Checkpoints, config_difference
 from kontext_jax.training_data import Reading, held_out_batches, open_data
-from kontext_jax.training_tasks import Devices, OpenWeights, Task, make_task
+from kontext_jax.training_journal import CONFIG_FILE, Journal, Profile, is_due
+from kontext_jax.training_tasks import Devices, OpenWeights, Task, Tell
 
-CONFIG_FILE, CHECKPOINTS, INDEX = "config.json", "checkpoints", "data_index"
-SAMPLES, PROFILE = "samples", "profile"
+CHECKPOINTS, INDEX = "checkpoints", "data_index"
 
 # What may be another when a run goes on: nothing that decides what is computed.
 FREE_SETTINGS = (
@@ -59,8 +58,6 @@ FREE_SETTINGS = (
     "data.prefetch",
     "data.index_dir",
 )
-
-Tell = Callable[[str], None]
 
 
 def train(
@@ -98,7 +95,7 @@ def train(
         for line in describe(config, task, mesh, abstract):
             tell(line)
         reading = Reading(process_share(mesh), run / INDEX, tell)
-        data = stack.enter_context(open_data(config, reading, task.data_facts()))
+        data = stack.enter_context(open_data(config, reading, task.data_facts))
         batches = data.batches
 
         # State: where the newest whole checkpoint left it, else from weights, else drawn.
@@ -120,7 +117,7 @@ def train(
             state = _first_state(task, devices, abstract, init_key)
         frozen = task.load_frozen(devices.place)
         feed = task.make_feed(devices, data.null_text)
-        held_out = held_out_batches(config, reading, task.data_facts())
+        held_out = held_out_batches(config, reading, task.data_facts)
 
         journal = stack.enter_context(
             contextlib.closing(Journal(config, run, step, rows, speed, tell))
@@ -174,20 +171,20 @@ def train(
             if profile.ends_after(step) or ends:
                 journal.finish_running(batches.counts)
                 profile.close()
-            if _due(step, config.eval.every_steps):
+            if is_due(step, config.eval.every_steps):
                 journal.finish_running(batches.counts)
                 with speed.measure("evaluate"):
                     journal.write("eval", step, evaluate(state.params))
                     if state.ema_params is not None:
                         journal.write("eval_ema", step, evaluate(state.ema_params))
-            if _due(step, config.eval.sample_every_steps):
+            if is_due(step, config.eval.sample_every_steps):
                 journal.finish_running(batches.counts)
                 with speed.measure("sample"):
                     best = state.params if state.ema_params is None else state.ema_params
                     examples = first_rows(held_out[0], _rows_of_process(config, mesh))
                     columns = feed.sample(best, frozen, examples)
                     journal.show(step, make_grid(columns, config.eval.sample_rows), examples)
-            if _due(step, config.checkpoint.every_steps) or ends:
+            if is_due(step, config.checkpoint.every_steps) or ends:
                 journal.finish_running(batches.counts)
                 save(wait=ends)
         if reason is not None:
@@ -216,13 +213,13 @@ def dry_run(
     for line in describe(config, task, mesh, abstract):
         tell(line)
     reading = Reading(process_share(mesh), run / INDEX, tell)
-    with open_data(config, reading, task.data_facts()) as data:
+    with open_data(config, reading, task.data_facts) as data:
         next(data.batches)
         tell(
             f"{data.examples_per_epoch:,.0f} examples an epoch, which are "
             f"{data.examples_per_epoch / config.batch_size:,.1f} steps"
         )
-    held_out = held_out_batches(config, reading, task.data_facts())
+    held_out = held_out_batches(config, reading, task.data_facts)
     if held_out:
         tell(f"{len(held_out)} batches of held-out examples")
     if latest is None:
@@ -230,114 +227,6 @@ def dry_run(
     else:
         tell(f"{run}: goes on from step {latest}")
     tell("all is well; nothing was compiled")
-
-
-class Journal:
-    """What a run writes down as it goes; on all processes, of which the first alone writes.
-
-    Attributes:
-      rows: metrics of the finished steps that are not written yet; saved with the state, so that a
-        run that goes on writes the means that an unbroken one does.
-      running: step, its metrics on the devices, and its `Work`; None once it is finished.
-    """
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        run: epath.Path,
-        step: int,
-        rows: list[dict[str, float]],
-        speed: Speed,
-        tell: Tell,
-    ):
-        self.rows, self.running = rows, None
-        self._config, self._run, self._speed = config, run, speed
-        self._figures: dict[str, float] = {}
-        self._is_first = jax.process_index() == 0
-        self.files = RunFiles(run) if self._is_first else None
-        if self._is_first:
-            self._log = MetricLog(self.files.local, step, config.log.tensorboard)
-        told = tell if self._is_first else None
-        self._progress = Progress(config.num_steps, step, told, config.log.print_every_s)
-
-    def write_config(self, config: TrainConfig) -> None:
-        if self._is_first:
-            write_text(self._run / CONFIG_FILE, train_config.to_json(config) + "\n")
-
-    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        if self._is_first:
-            self._log.write(kind, step, values)
-
-    def finish_running(self, counts: dict[str, int]) -> None:
-        """Waits for the running step, if one is, and notes what it measured.
-
-        Raises:
-          FloatingPointError: it was the last of too many in a row without finite numbers.
-        """
-        if self.running is None:
-            return
-        (step, measured, work), self.running = self.running, None
-        row = {name: float(value) for name, value in jax.device_get(measured).items()}
-        self._speed.count(*work)
-        self.rows.append(row)
-        is_lost = row["skipped_in_a_row"] >= self._config.max_skipped_in_a_row
-        if is_lost or _due(step, self._config.log.every_steps) or step == self._config.num_steps:
-            self.write("train", step, mean_metrics(self.rows))
-            self.rows.clear()
-            self._figures |= self._speed.figures()
-            counted = {f"data/{name}": count for name, count in counts.items()}
-            self.write("speed", step, self._figures | counted)
-        self._progress.update(step, row["loss"], self._figures)
-        if is_lost:
-            raise FloatingPointError(
-                f"the last {self._config.max_skipped_in_a_row} steps, up to {step}, gave no finite "
-                "loss or gradient and changed nothing; checkpoints are as they were. Lower "
-                "optimizer.learning_rate, lengthen optimizer.warmup_steps, or look at the data"
-            )
-
-    def show(self, step: int, picture: Any, examples: Any) -> None:
-        """Writes a picture uint8 [height, width, 3] of some held-out examples."""
-        if self._is_first:
-            told = {"step": step, "prompts": list(getattr(examples, "prompts", ()))}
-            write_png(self.files.local / SAMPLES / f"{step}.png", picture, told)
-            self._log.picture("samples", step, picture)
-
-    def publish(self) -> None:
-        if self._is_first:
-            self._log.flush()
-            self.files.publish()
-
-    def close(self) -> None:
-        self._progress.close()
-        if self._is_first:
-            self._log.close()
-            self.files.close()
-
-
-class Profile:
-    """Runs `jax.profiler` over the steps that the config names, on the first process."""
-
-    def __init__(self, config: TrainConfig, journal: Journal):
-        self._first_step = config.log.profile_from_step
-        self._last_step = self._first_step + config.log.profile_num_steps - 1
-        self._files, self._runs = journal.files, False
-
-    def before(self, step: int) -> None:
-        if self._files is not None and step == self._first_step:
-            jax.profiler.start_trace(str(self._files.local / PROFILE))
-            self._runs = True
-
-    def ends_after(self, step: int) -> bool:
-        return self._runs and step == self._last_step
-
-    def close(self) -> None:
-        if self._runs:
-            jax.profiler.stop_trace()
-            self._runs = False
-
-
-def _due(step: int, every_steps: int) -> bool:
-    return every_steps > 0 and step % every_steps == 0
 
 
 def _checkpoints(config: TrainConfig, run: epath.Path, tell: Tell) -> Checkpoints:

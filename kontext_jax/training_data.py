@@ -48,11 +48,15 @@ class OpenData(NamedTuple):
 
 
 def _open(
-    data: DataConfig, reading: Reading, batch_size: int, seed: int, facts: dict[str, Any]
+    data: DataConfig,
+    reading: Reading,
+    batch_size: int,
+    seed: int,
+    facts: Callable[[], dict[str, Any]],
 ) -> OpenData:
     index, count = reading.share
     if data.cache:
-        cache = EncodedCache(data.cache, facts)
+        cache = EncodedCache(data.cache, facts())
         batches = CachedBatches(
             cache,
             batch_size=batch_size,
@@ -81,11 +85,13 @@ def _open(
 
 
 @contextmanager
-def open_data(config: TrainConfig, reading: Reading, facts: dict[str, Any]) -> Iterator[OpenData]:
+def open_data(
+    config: TrainConfig, reading: Reading, facts: Callable[[], dict[str, Any]]
+) -> Iterator[OpenData]:
     """The batches of the run's steps, until the context ends.
 
     Args:
-      facts: of the frozen networks, which encoded examples must have been made by.
+      facts: gives those of the frozen networks, which encoded examples must have been made by.
 
     Raises:
       ValueError: there are none, they are damaged, or this mix of them cannot be.
@@ -95,7 +101,9 @@ def open_data(config: TrainConfig, reading: Reading, facts: dict[str, Any]) -> I
         yield data
 
 
-def held_out_batches(config: TrainConfig, reading: Reading, facts: dict[str, Any]) -> list[Any]:
+def held_out_batches(
+    config: TrainConfig, reading: Reading, facts: Callable[[], dict[str, Any]]
+) -> list[Any]:
     """The examples for evaluation, in host memory; none if nothing asks for them.
 
     Raises:

@@ -52,7 +52,9 @@ FLOORS = {
         "sample_grid",
     ),
     5: ("pipeline", "training_tasks", "training_data"),
-    6: ("runs", "train_loop"),
+    6: ("runs", "training_journal", "flow_matching_task", "autoencoder_task"),
+    7: ("task_table",),
+    8: ("train_loop",),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 

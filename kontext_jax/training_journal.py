@@ -1,0 +1,125 @@
+"""What a training run writes down as it goes: settings, metrics, pictures, profiles."""
+
+from typing import Any
+
+import jax
+from etils import epath
+
+from kontext_jax import train_config
+from kontext_jax.images import write_png
+from kontext_jax.metrics import MetricLog, Progress, RunFiles, Speed
+from kontext_jax.objectives.base import mean_metrics
+from kontext_jax.step_folders import write_text
+from kontext_jax.train_config import TrainConfig
+from kontext_jax.training_tasks import Tell
+
+CONFIG_FILE, SAMPLES, PROFILE = "config.json", "samples", "profile"
+
+
+def is_due(step: int, every_steps: int) -> bool:
+    """Whether something is done after this step; never if `every_steps` is 0."""
+    return every_steps > 0 and step % every_steps == 0
+
+
+class Journal:
+    """What a run writes down as it goes; on all processes, of which the first alone writes.
+
+    Attributes:
+      rows: metrics of the finished steps that are not written yet; saved with the state, so that a
+        run that goes on writes the means that an unbroken one does.
+      running: step, its metrics on the devices, and its `Work`; None once it is finished.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: epath.Path,
+        step: int,
+        rows: list[dict[str, float]],
+        speed: Speed,
+        tell: Tell,
+    ):
+        self.rows, self.running = rows, None
+        self._config, self._run, self._speed = config, run, speed
+        self._figures: dict[str, float] = {}
+        self._is_first = jax.process_index() == 0
+        self.files = RunFiles(run) if self._is_first else None
+        if self._is_first:
+            self._log = MetricLog(self.files.local, step, config.log.tensorboard)
+        told = tell if self._is_first else None
+        self._progress = Progress(config.num_steps, step, told, config.log.print_every_s)
+
+    def write_config(self, config: TrainConfig) -> None:
+        if self._is_first:
+            write_text(self._run / CONFIG_FILE, train_config.to_json(config) + "\n")
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        if self._is_first:
+            self._log.write(kind, step, values)
+
+    def finish_running(self, counts: dict[str, int]) -> None:
+        """Waits for the running step, if one is, and notes what it measured.
+
+        Raises:
+          FloatingPointError: it was the last of too many in a row without finite numbers.
+        """
+        if self.running is None:
+            return
+        (step, measured, work), self.running = self.running, None
+        row = {name: float(value) for name, value in jax.device_get(measured).items()}
+        self._speed.count(*work)
+        self.rows.append(row)
+        is_lost = row["skipped_in_a_row"] >= self._config.max_skipped_in_a_row
+        if is_lost or is_due(step, self._config.log.every_steps) or step == self._config.num_steps:
+            self.write("train", step, mean_metrics(self.rows))
+            self.rows.clear()
+            self._figures |= self._speed.figures()
+            counted = {f"data/{name}": count for name, count in counts.items()}
+            self.write("speed", step, self._figures | counted)
+        self._progress.update(step, row["loss"], self._figures)
+        if is_lost:
+            raise FloatingPointError(
+                f"the last {self._config.max_skipped_in_a_row} steps, up to {step}, gave no finite "
+                "loss or gradient and changed nothing; checkpoints are as they were. Lower "
+                "optimizer.learning_rate, lengthen optimizer.warmup_steps, or look at the data"
+            )
+
+    def show(self, step: int, picture: Any, examples: Any) -> None:
+        """Writes a picture uint8 [height, width, 3] of some held-out examples."""
+        if self._is_first:
+            told = {"step": step, "prompts": list(getattr(examples, "prompts", ()))}
+            write_png(self.files.local / SAMPLES / f"{step}.png", picture, told)
+            self._log.picture("samples", step, picture)
+
+    def publish(self) -> None:
+        if self._is_first:
+            self._log.flush()
+            self.files.publish()
+
+    def close(self) -> None:
+        self._progress.close()
+        if self._is_first:
+            self._log.close()
+            self.files.close()
+
+
+class Profile:
+    """Runs `jax.profiler` over the steps that the config names, on the first process."""
+
+    def __init__(self, config: TrainConfig, journal: Journal):
+        self._first_step = config.log.profile_from_step
+        self._last_step = self._first_step + config.log.profile_num_steps - 1
+        self._files, self._runs = journal.files, False
+
+    def before(self, step: int) -> None:
+        if self._files is not None and step == self._first_step:
+            jax.profiler.start_trace(str(self._files.local / PROFILE))
+            self._runs = True
+
+    def ends_after(self, step: int) -> bool:
+        return self._runs and step == self._last_step
+
+    def close(self) -> None:
+        if self._runs:
+            jax.profiler.stop_trace()
+            self._runs = False
