@@ -2,6 +2,7 @@
 
     python benchmarks/data_speed.py                        # two minutes; prints one line of JSON
     python benchmarks/data_speed.py --step_time_s 1.5
+    python benchmarks/data_speed.py --encoded              # encoding, and reading what it wrote
 
 JPEG pairs (quality 92, photo-like) are written in every format, then read, decoded, cut to the
 bucket and stacked by the loader that training uses. Figures are per second of CPU time, over all
@@ -19,13 +20,17 @@ import tempfile
 import time
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import PIL
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, features
 
+from kontext_jax.data import cache, encode
+from kontext_jax.data.buckets import Kind
 from kontext_jax.data.config import DataConfig
+from kontext_jax.data.encoded_records import SampleEntry, ShardWriter, lock_part, prompt_key
 from kontext_jax.data.examples import Example, ImageRef
 from kontext_jax.data.loader import make_loader
 from kontext_jax.data.pair_records import write_array_record
@@ -104,6 +109,58 @@ def measure(source: str, steps: int, batch_size: int, threads: int) -> dict[str,
     }
 
 
+def measure_cached(count: int, steps: int, batch_size: int, threads: int) -> dict[str, float]:
+    """Reading of encoded pairs at 1024² with 512 text tokens of T5-XXL, as training does."""
+    generator = np.random.default_rng(0)
+    kind = Kind((1024, 1024), ((1024, 1024),))
+
+    def draw(*shape):
+        return generator.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        with lock_part(root, 0) as partial:
+            null_text = draw(512, 4096), draw(768)
+            made_by = cache.start_folder(root, partial, {}, {}, lambda: null_text)
+            writer = ShardWriter(root, 0, made_by, 512_000_000)
+            for i in range(count):
+                writer.add_text(f"edit {i}", draw(512, 4096), draw(768))
+                entry = SampleEntry(str(i), 0, kind, prompt_key(f"edit {i}"))
+                writer.add_sample(entry, draw(128, 128, 16), (draw(128, 128, 16),))
+            writer.finish_shard()
+            cache.write_done(root, partial, 0, 1, count)
+        batches = cache.CachedBatches(
+            cache.EncodedCache(root), batch_size=batch_size, seed=0, threads=threads, prefetch=2
+        )
+        next(batches)
+        cpu, wall = time.process_time(), time.perf_counter()
+        for _ in range(steps):
+            next(batches)
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        batches.close()
+    pairs = steps * batch_size
+    return {
+        "pairs_per_cpu_s": round(pairs / cpu, 1),
+        "pairs_per_wall_s": round(pairs / wall, 1),
+        "MB_per_cpu_s": round(pairs * 5.24 / cpu),
+    }
+
+
+def measure_encoding(count: int) -> dict[str, float]:
+    """Encoding by the untrained tiny model, 64 pixels, once it is compiled; reading included."""
+    options = ["--model", "tiny", "--buckets", "64x64", "--batch_size", "16", "-q"]
+    options += ["--dtype", "float32"]
+    with tempfile.TemporaryDirectory() as folder:
+        encode.main(["scenes:easy:train:16", "--out", f"{folder}/first", *options])
+        cpu, wall = time.process_time(), time.perf_counter()
+        encode.main([f"scenes:easy:train:{count}", "--out", f"{folder}/second", *options])
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    return {
+        "samples_per_cpu_s": round(count / cpu, 1),
+        "samples_per_wall_s": round(count / wall, 1),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=48, help="pairs that are written")
@@ -113,7 +170,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--step_time_s", type=float, default=1.0, help="of the training step")
     parser.add_argument("--pairs_per_step", type=int, default=64, help="one for each chip")
+    parser.add_argument(
+        "--encoded", action="store_true", help="measure encoded samples (data.encode) instead"
+    )
     args = parser.parse_args()
+    if args.encoded:
+        report = {
+            "cached_pairs_1024px": measure_cached(64, args.steps, args.batch_size, args.threads),
+            "encoding_tiny_64px_cpu": measure_encoding(512),
+        }
+        print(json.dumps(report))
+        return
     results, slowest = {}, float("inf")
     for size in args.sizes:
         width, height = map(int, size.split("x"))

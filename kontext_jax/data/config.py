@@ -117,9 +117,7 @@ class DataConfig:
             "cache",
             "fraction_with_references",
             "reference_dropout",
-            "on_bad_sample",
             "threads",
-            "workers",
             "prefetch",
         }
         given = [

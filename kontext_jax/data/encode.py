@@ -190,7 +190,8 @@ def encode(args: argparse.Namespace) -> None:
     images = work.num_written * pictures / max(1, todo)
     tell(
         f"encoded {work.num_written:,} crops in {seconds:.1f} s ({images / seconds:.3g} images/s); "
-        f"{out} holds {num_records:,} of this process; train with --config.data.cache={out}"
+        f"{out} holds {num_records:,} of this process; train with --config.data.cache={out} (and "
+        "--config.data.sources= if the config names some)"
     )
     for reason, count in sorted(work.counts.items()):
         tell(f"not encoded: {count:,} crops: {reason}")
