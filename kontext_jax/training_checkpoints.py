@@ -41,7 +41,7 @@ class CheckpointConfig:
 
     Attributes:
       every_steps: a checkpoint after every so many steps; one more is always made at the end.
-      keep_last: how many of the newest stay.
+      keep_last: how many of the newest stay; while one more is written, there are so many and one.
       keep_every: those of every so many steps stay for good; None: none do.
       asynchronous: train on while writing.
       on_failed_save: "stop" ends the run with the reason; "continue" tells it and trains on.
