@@ -1,6 +1,7 @@
 """Edits an image, or makes one from text: `python sample.py --image cat.png --prompt "…"`."""
 
 import argparse
+import dataclasses
 import difflib
 import math
 import os
@@ -197,9 +198,14 @@ def add_loras(bundle, given: list[str] | None, recipe):
     configs = {kind: component.config for kind, component in bundle.components.items()}
     loras = [(open_adapter(path, configs), scale) for path, scale in wanted]
     bundle = adapters.with_adapters(bundle, loras)
-    if recipe and given is None:
+    if recipe is None:
+        return bundle, True
+    if given is None:
         runs.check_loras(recipe, bundle.adapters)
-    return bundle, recipe is None or runs.same_loras(recipe.loras, bundle.adapters)
+    if not runs.same_loras(recipe.loras, bundle.adapters):
+        return bundle, False
+    # The names in the metadata stay as they were, wherever the files lie now.
+    return dataclasses.replace(bundle, adapters=recipe.loras), True
 
 
 def main(argv: list[str] | None = None) -> int:

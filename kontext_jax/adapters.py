@@ -21,6 +21,8 @@ import numpy as np
 from kontext_jax.checkpoint import NO_EDITS, Component, Edits, ModelBundle
 from kontext_jax.tensor_files import flatten
 
+BLOCK = 2**16  # elements of a kernel that are changed at once
+
 Place = tuple[str, int | None]  # a module or leaf of ours, and the layer where it is stacked
 
 
@@ -37,12 +39,21 @@ class LowRank:
     def rank(self) -> int:
         return self.a.shape[-1]
 
-    def kernel_change(self, scale: float) -> np.ndarray:
-        """scale · factor · a·b, float32 [*in, *out]."""
-        inner, outer = self.a.shape[:-1], self.b.shape[1:]
-        a = self.a.reshape(math.prod(inner), self.rank)
-        b = self.b.reshape(self.rank, math.prod(outer)) * np.float32(scale * self.factor)
-        return (a @ b).reshape(*inner, *outer)
+    def add_to(self, kernel: np.ndarray, scale: float) -> None:
+        """Adds scale · factor · a·b to a contiguous float32 kernel [*in, *out], in place.
+
+        By blocks that stay in cache: one product of the kernel's size would cost several times as
+        much in fresh memory.
+        """
+        num_in, num_out = math.prod(self.a.shape[:-1]), math.prod(self.b.shape[1:])
+        a = self.a.reshape(num_in, self.rank)
+        b = self.b.reshape(self.rank, num_out) * np.float32(scale * self.factor)
+        rows = kernel.reshape(num_in, num_out)
+        step = max(1, BLOCK // num_out)
+        block = np.empty((min(step, num_in), num_out), np.float32)
+        for start in range(0, num_in, step):
+            part = rows[start : start + step]
+            part += np.matmul(a[start : start + step], b, out=block[: len(part)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +171,7 @@ def _apply(steps, leaf: np.ndarray) -> np.ndarray:
 
 
 def _add_product(low_rank: LowRank, scale: float, kernel: np.ndarray) -> None:
-    kernel += low_rank.kernel_change(scale)
+    low_rank.add_to(kernel, scale)
 
 
 def _add(value: np.ndarray, leaf: np.ndarray) -> None:

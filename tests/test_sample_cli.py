@@ -14,10 +14,12 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
+from convert_weights.lora_export import write_lora
 from kontext_jax import checkpoint, images, runs
 from kontext_jax.compiling import CACHE_VARIABLE
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.requests import find_image
+from tests.lora_helpers import draw_adapter
 
 SCRIPT = Path(__file__).parents[1] / "sample.py"
 SMALL = ["--steps", "1", "--megapixels", "0.004096"]
@@ -182,6 +184,9 @@ BAD_INPUT = {
     "restoring without image": (["--prompt", "x", "--restore-size"], "needs an image"),
     "two sources": (["--jobs", "a", "--from-metadata", "b"], "cannot be used together"),
     "flags with jobs": (["--jobs", "a", "--seed", "1"], "belongs into the file"),
+    "missing LoRA": (["--lora", "none.safetensors:0.5"], "there is no file none.safetensors"),
+    "LoRA's scale": (["--lora", "in.png:strong"], "the scale is 'strong'"),
+    "a picture as LoRA": (["--lora", "in.png"], "not a sound safetensors file"),
     "no metadata": (["--from-metadata", "in.png"], "holds no kontext_jax metadata"),
 }
 
@@ -224,6 +229,55 @@ def test_converted_weights_are_used_and_must_be_those_of_the_model(cli, tmp_path
     np.testing.assert_array_equal(a, b)
     status, _, err = cli("--weights", "w", "--model", "flux-dev", "-o", "c.png")
     assert status == 2 and "holds tiny, not flux-dev" in err
+
+
+def write_loras(folder: Path) -> None:
+    """Two small adapters of the tiny model, in layouts of different programs."""
+    config = PRESETS["tiny"].mmdit
+    for seed, (name, layout) in enumerate((("hats", "peft"), ("ink", "kohya"))):
+        adapter = draw_adapter(config, ("kontext",), rank=2, alpha=1.0, seed=seed)
+        write_lora(adapter, folder / f"{name}.safetensors", layout, {"mmdit": config})
+
+
+def test_loras_change_the_picture_and_are_found_again(cli, tmp_path):
+    write_loras(tmp_path)
+    both = ["--lora", "hats.safetensors", "--lora", "ink.safetensors:0.5"]
+    for name, loras in (("plain", []), ("both", both), ("none", ["--lora", "ink.safetensors:0"])):
+        status, out, err = cli(*SMALL, *loras, "-o", f"{name}.png")
+        assert (status, err) == (0, "")
+        assert ("LoRA: ink.safetensors, scale 0.5" in out.splitlines()) == (name == "both")
+    plain, changed, none = (
+        images.load_picture(f"{name}.png").pixels for name in ("plain", "both", "none")
+    )
+    np.testing.assert_array_equal(none, plain)
+    assert np.abs(changed.astype(int) - plain).max() > 2
+    noted = images.read_metadata("both.png")["loras"]
+    assert [(x["name"], x["scale"]) for x in noted] == [
+        ("hats.safetensors", 1.0),
+        ("ink.safetensors", 0.5),
+    ]
+    assert images.read_metadata("plain.png")["loras"] == []
+
+    status, _, err = cli("--from-metadata", "both.png", "-o", "again.png")
+    assert (status, err) == (0, "")
+    assert Path("again.png").read_bytes() == Path("both.png").read_bytes()
+    status, out, _ = cli("--from-metadata", "both.png", *both[:2], "-o", "new.png")
+    assert status == 0 and "a new request after both.png" in out
+
+
+def test_a_lora_that_moved_is_asked_for_and_another_one_noticed(cli, tmp_path):
+    write_loras(tmp_path)
+    assert cli(*SMALL, "--lora", "hats.safetensors:0.7", "-o", "a.png")[0] == 0
+    Path("hats.safetensors").rename("moved.safetensors")
+    status, _, err = cli("--from-metadata", "a.png", "-o", "b.png")
+    assert status == 2 and "LoRAs that are not where they were: hats.safetensors" in err
+    assert "--lora hats.safetensors:0.7" in err
+    moved = ["--lora", "moved.safetensors:0.7"]
+    assert cli("--from-metadata", "a.png", *moved, "-o", "b.png")[0] == 0
+    assert Path("b.png").read_bytes() == Path("a.png").read_bytes()
+    Path("ink.safetensors").rename("hats.safetensors")
+    status, _, err = cli("--from-metadata", "a.png", "-o", "c.png")
+    assert status == 2 and "is not the one that a.png was made with" in err
 
 
 def test_models_of_text_only_are_not_asked_to_edit(cli, tmp_path):
