@@ -80,12 +80,23 @@ def test_the_order_changes_with_epoch_and_seed():
 
     def epoch(plan, number):
         steps = range(number * per_epoch, (number + 1) * per_epoch)
-        return [tuple(plan.batch(step).examples) for step in steps]
+        return {frozenset(plan.batch(step).examples.tolist()) for step in steps}
 
     plan = make_plan(examples)
     assert epoch(plan, 0) != epoch(plan, 1)
     assert epoch(plan, 0) != epoch(make_plan(examples, seed=1), 0)
     assert epoch(plan, 0) == epoch(make_plan(examples), 0)
+
+
+def test_the_mix_takes_the_batches_of_each_group_in_their_own_order(monkeypatch):
+    """With references as if there were nothing else, and without likewise; over many blocks."""
+    monkeypatch.setattr("kontext_jax.data.plan._BLOCK", 16)
+    examples = kind_of((9, 9, 9, 9))
+    mixed = [make_plan(examples, fraction=0.4).batch(step) for step in range(100)]
+    for kinds, fraction in (((2, 3), 1.0), ((0, 1), 0.0)):
+        found = [b.examples.tolist() for b in mixed if b.kind_index in kinds]
+        alone = make_plan(examples, fraction=fraction)
+        assert found == [alone.batch(step).examples.tolist() for step in range(len(found))]
 
 
 def test_kinds_alternate_within_an_epoch():

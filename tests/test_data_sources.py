@@ -4,7 +4,9 @@ import csv
 import io
 import json
 import pickle
+import re
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -70,6 +72,19 @@ def test_metadata_csv_is_read_as_metadata_jsonl_is(tmp_path):
     source = open_source(str(folder))
     assert [source[i].text for i in range(3)] == [row["instruction"] for row in rows]
     assert len(source[0].contexts) == 1
+
+
+def test_the_folder_that_the_documentation_shows(tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text("utf-8")
+    lines, record = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "metadata.jsonl").write_text(lines)
+    source = open_source(str(tmp_path))
+    assert [len(source[i].contexts) for i in range(3)] == [1, 2, 0]
+    header = json.loads(record)
+    sizes = [b"x" * size for size in header["pictures"]]
+    refs = [ImageRef("", data=data) for data in sizes]
+    packed = pack_pair(Example(header["id"], refs[0], tuple(refs[1:]), header["text"]))
+    assert json.loads(packed[4 : -sum(header["pictures"])]) == header
 
 
 def test_a_target_that_is_named_twice_gets_two_ids(tmp_path):

@@ -25,7 +25,12 @@ TARGET_NAMES = (
     ),
     ("image", "img", "file_name", "file"),
 )
-CONTEXT_NAMES = (
+CONTEXT_NAMES = (  # or their plurals
+    *("context", "context_image", "source", "source_image", "source_img"),
+    *("input", "input_image", "input_img", "original", "original_image", "original_img"),
+    *("reference", "reference_image", "conditioning_image", "control_image"),
+)
+TEXT_NAMES = (
     *("context", "contexts", "context_image", "context_images"),
     *("source", "source_image", "source_img", "input", "input_image", "input_img"),
     *("original", "original_image", "original_img", "reference", "references"),
@@ -201,6 +206,7 @@ def _find_contexts(names: Sequence[str], where: str) -> tuple[str, ...]:
     for name in names:
         match = re.fullmatch(r"(.*?)_?(\d{1,3})", _plain(name))
         base, number = (match[1], int(match[2])) if match else (_plain(name), -1)
+        base = base.removesuffix("s")
         if base in CONTEXT_NAMES:
             found.setdefault(base, []).append((number, name))
     if len(found) > 1:
