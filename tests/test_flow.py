@@ -88,13 +88,15 @@ def test_a_schedule_needs_a_step(num_steps):
         flow.timestep_schedule(num_steps, None)
 
 
-def test_shifting_by_alpha_moves_the_mean_of_logit_t_by_its_logarithm():
+def test_shifting_by_alpha_moves_the_mean_of_logit_t_by_its_logarithm(comparisons):
     # Kontext, appendix A.2, with the alpha of SD3 for 256² → 1024².
     alpha, draws = 3.0, 400_000
     t = flow.sample_training_times(jax.random.key(0), (draws,), 0.0)
     logit = lambda t: np.log(t) - np.log1p(-t)  # noqa: E731
     shifted = logit(np.asarray(flow.shift_timesteps(t, alpha), np.float64))
-    print(f"mean of logit t {shifted.mean():.4f}, log alpha {math.log(alpha):.4f}")
+    comparisons.notes.append(
+        f"shifted by alpha: mean of logit t {shifted.mean():.4f}, log alpha {math.log(alpha):.4f}"
+    )
     assert abs(shifted.mean() - math.log(alpha)) < 0.01
     assert abs(shifted.std() - 1) < 0.01
 
