@@ -220,10 +220,10 @@ class TokenFeed:
             ).astype(jnp.float32)
 
         args = (self._params["vae"], x)
-        everywhere = self._devices.everywhere
-        return np.asarray(
-            self._devices.programs.get("decode", make, *args, out_shardings=everywhere)(*args)
+        program = self._devices.programs.get(
+            "decode", make, *args, out_shardings=lambda _: self._devices.everywhere
         )
+        return np.asarray(program(*args))
 
 
 def _conditioning(batch: TokenBatch, guidance: jax.Array | None) -> Conditioning:

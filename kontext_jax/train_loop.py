@@ -126,13 +126,15 @@ def train(
         stop = stack.enter_context(StopRequest(tell))
         profile = stack.enter_context(contextlib.closing(Profile(config, journal)))
 
+        shardings = jax.tree.map(lambda x: x.sharding, abstract)
+
         def step_program(batch: Any) -> Callable:
             return programs.get(
                 "step",
                 lambda: task.objective.step,
                 *(state, frozen, batch, run_key),
                 donate_argnums=0,
-                out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), devices.everywhere),
+                out_shardings=lambda _: (shardings, devices.everywhere),
             )
 
         def evaluate(params: Any) -> dict[str, float]:
@@ -142,7 +144,7 @@ def train(
                 args = params, frozen, feed(batch), jax.random.fold_in(eval_key, index)
                 program = programs.get(
                     "evaluate", lambda: task.objective.evaluate, *args,
-                    out_shardings=devices.everywhere,
+                    out_shardings=lambda _: devices.everywhere,
                 )  # fmt: skip
                 measured.append(jax.device_get(program(*args)))
             return mean_metrics(measured)
