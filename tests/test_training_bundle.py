@@ -13,8 +13,10 @@ import pytest
 
 from convert_weights import read_component
 from convert_weights.__main__ import main as convert
+from convert_weights.lora import open_adapter
 from convert_weights.runs import open_weights
 from kontext_jax import checkpoint
+from kontext_jax.adapters import adapter_from_tree
 from kontext_jax.models.lora import LoraConfig, init_lora, merge
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.step_folders import CheckpointError
@@ -168,6 +170,32 @@ def test_adapters_of_a_run_are_merged_into_what_it_began_from(run, trained, tmp_
     out = tmp_path / "out"
     assert convert(["to-torch", str(adapted), "--layout", "bfl", "--out", str(out)]) == 0
     assert_same(read_component(out / "flux1-tiny.safetensors", "mmdit")[1], loaded)
+
+
+@pytest.mark.parametrize("which", ["ema", "params"])
+def test_adapters_of_a_run_become_a_lora_file(trained, tmp_path, which):
+    config = LoraConfig(rank=2, alpha=3.0, targets=("attention", "img_in"))
+    shapes = jax.eval_shape(lambda key: init_lora(config, trained[0], key), jax.random.key(0))
+    trees = {"params": random_tree(shapes, 7), "ema": random_tree(shapes, 8)}
+    settings = {"train": "lora", "weights": "w", "lora": {"rank": 2, "alpha": 3.0}}
+    adapted = save_run(tmp_path / "hats", trees["params"], trees["ema"], **settings)
+    out, sizes = tmp_path / "hats.safetensors", {"mmdit": PRESETS["tiny"].mmdit}
+    assert (
+        convert(["lora", str(adapted), "--layout", "peft", "--which", which, "--out", str(out)])
+        == 0
+    )
+    expected = adapter_from_tree(trees[which], 3.0, "hats").networks["mmdit"].low_rank
+    direct = open_adapter(adapted, sizes, which)
+    assert direct.name == str(adapted)
+    for adapter in (direct, open_adapter(out, sizes)):
+        found = adapter.networks["mmdit"].low_rank
+        assert found.keys() == expected.keys()
+        for place, change in expected.items():
+            np.testing.assert_array_equal(found[place].a, change.a)
+            gap = found[place].factor * found[place].b - change.factor * change.b
+            assert np.abs(gap).max() < 1e-7
+    with pytest.raises(ValueError, match=r"another transformer.*\n  \+ single_blocks/k \[2\]"):
+        open_adapter(adapted, {"mmdit": dataclasses.replace(sizes["mmdit"], depth_single_blocks=2)})
 
 
 def test_autoencoder_of_a_run_stands_in_for_that_of_the_encoders(trained, tmp_path):
