@@ -110,9 +110,6 @@ class Plan:
         self.__dict__.update(state)
         self._start_caches()
 
-    def num_examples(self, kind_index: int) -> int:
-        return len(self._members[kind_index])
-
     def examples_per_epoch(self, kind_index: int) -> float:
         return float(self._repeats[kind_index].sum())
 
