@@ -262,6 +262,15 @@ def test_wrong_process_indices_are_refused(data, tmp_path, capsys, count):
     assert f"process_index {count} is none of {count} processes" in capsys.readouterr().err
 
 
+def test_buckets_are_refused(data, capsys):
+    assert run(data, "gs://bucket/encoded") == 1
+    assert "gs://bucket/encoded: encoded samples are kept on a local or mounted disk" in (
+        capsys.readouterr().err
+    )
+    with pytest.raises(CacheError, match="local or mounted disk"):
+        EncodedCache("gs://bucket/encoded")
+
+
 def test_progress_tells_speed_and_time_left():
     lines, now = [], [0.0]
     progress = encoding.ProgressLine(1000, 2.0, lines.append, 10.0, clock=lambda: now[0])

@@ -39,6 +39,20 @@ DONE_NAME = re.compile(r"done-(\d{5})-of-(\d{5})\.json")
 _MAX_OPEN_SHARDS = 256  # below the usual limits of open files
 
 
+def local_folder(path: str | Path) -> Path:
+    """The folder as a Path.
+
+    Raises:
+      CacheError: it is not on a disk of this machine, where ArrayRecord can read and write.
+    """
+    if "://" in str(path):
+        raise CacheError(
+            f"{path}: encoded samples are kept on a local or mounted disk; mount the bucket, or "
+            "copy the folder"
+        )
+    return Path(path)
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
     """What `manifest.json` says of a folder of encoded samples.
 
@@ -84,7 +98,7 @@ class EncodedCache:
     """
 
     def __init__(self, directory: str | Path, expected: Mapping[str, Any] | None = None):
-        self.directory = Path(directory)
+        self.directory = local_folder(directory)
         manifest = read_manifest(self.directory)
         self.facts, self._made_by = manifest["facts"], manifest["hash"]
         if expected is not None:

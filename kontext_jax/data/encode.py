@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -115,7 +114,7 @@ def encode(args: argparse.Namespace) -> None:
             f"process_index {args.process_index} is none of {args.process_count} processes, which "
             "count from 0"
         )
-    dtype = DTYPES[args.dtype]
+    out, dtype = cache.local_folder(args.out), DTYPES[args.dtype]
     bundle = open_encoders(args.weights, args.autoencoder_weights, args.model)
     tell(f"encoders: {bundle.source}")
     max_text_tokens = args.max_text_tokens or bundle.preset.max_text_tokens
@@ -131,7 +130,7 @@ def encode(args: argparse.Namespace) -> None:
         "dtype": args.dtype,
         "pictures": cutting.facts(bucket_sizes(config.resolution, config.buckets)),
     }
-    out, made_by = Path(args.out), facts_hash(facts)
+    made_by = facts_hash(facts)
     if (out / cache.MANIFEST).exists():
         cache.check_facts(out, cache.read_manifest(out)["facts"], facts)
     out.mkdir(parents=True, exist_ok=True)
