@@ -93,6 +93,7 @@ def run_to_jax(
     advance = start(written)
     derived = bool(tree.settings["weights"])  # what was drawn afresh is under nobody's licence
     licence = notice.licence_of(preset, tree.kind == "mmdit") if derived else None
+    origin = f"{tree.source}; trained from {tree.settings['weights'] or 'scratch'}"
     what = "trained by kontext_jax"
     if dtype is not None:
         what += f", stored as {dtype_name(dtype)}"
@@ -104,9 +105,8 @@ def run_to_jax(
             for path, leaf in leaves:
                 writer.write(path, np.asarray(leaf))
                 advance(infos[path].nbytes)
-        origin = f"{tree.source}; trained from {tree.settings['weights'] or 'nothing'}"
         (folder / "NOTICE").write_text(notice.notice_text(origin, what, licence), "utf-8")
-        checkpoint.write_manifest(folder, preset.name, [tree.kind], tree.source, licence)
+        checkpoint.write_manifest(folder, preset.name, [tree.kind], origin, licence)
 
     write_folder(out, fill)
     return Summary(
