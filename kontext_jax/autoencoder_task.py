@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -15,7 +14,7 @@ from kontext_jax.models.vae import VAE
 from kontext_jax.objectives.autoencoder import PictureBatch, make_autoencoder
 from kontext_jax.objectives.base import Objective
 from kontext_jax.optimizer import make_optimizer, make_schedule
-from kontext_jax.sharding import batch_shardings, shard_batch
+from kontext_jax.sharding import shard_batch
 from kontext_jax.train_config import TrainConfig
 from kontext_jax.train_state import TrainState, make_train_state
 from kontext_jax.training_tasks import DTYPES, Devices, OpenWeights, Work

@@ -13,6 +13,7 @@ from kontext_jax.step_folders import write_text
 from kontext_jax.train_config import TrainConfig
 from kontext_jax.training_tasks import Tell
 
+STANDINGS = ("skipped_total", "skipped_in_a_row")  # metrics whose last value tells, not the mean
 CONFIG_FILE, SAMPLES, PROFILE = "config.json", "samples", "profile"
 
 
@@ -71,7 +72,8 @@ class Journal:
         self.rows.append(row)
         is_lost = row["skipped_in_a_row"] >= self._config.max_skipped_in_a_row
         if is_lost or is_due(step, self._config.log.every_steps) or step == self._config.num_steps:
-            self.write("train", step, mean_metrics(self.rows))
+            standings = {name: row[name] for name in STANDINGS}
+            self.write("train", step, mean_metrics(self.rows) | standings)
             self.rows.clear()
             self._figures |= self._speed.figures()
             counted = {f"data/{name}": count for name, count in counts.items()}

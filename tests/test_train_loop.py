@@ -1,147 +1,254 @@
-"""The loop on a small run: an interrupted one is the unbroken one, and what goes wrong is said."""
+"""The loop, on a task without a network: an interrupted run is the unbroken one."""
 
 import dataclasses
 import importlib.util
-import json
+import os
+import signal
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+from light_task import LightTask
 
 from kontext_jax import metrics, train_config, train_loop
-from kontext_jax.checkpoint import open_bundle
 from kontext_jax.images import read_metadata
 from kontext_jax.sharding import MeshConfig, make_mesh
-from kontext_jax.task_table import make_task
+from kontext_jax.task_table import TASKS
 from kontext_jax.training_checkpoints import CheckpointConfig, Checkpoints
 
 ROOT = Path(__file__).parents[1]
+KINDS = ("train", "eval", "eval_ema")
 
 
-def config_of(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+def tiny_config() -> train_config.TrainConfig:
+    spec = importlib.util.spec_from_file_location("tiny", ROOT / "configs" / "tiny.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config()
+    return train_config.parse(module.get_config())
 
 
 def small_config(**changes) -> train_config.TrainConfig:
-    """configs/tiny.py, smaller still: six steps of two 32-pixel scenes."""
-    tiny = train_config.parse(config_of("tiny"))
+    """configs/tiny.py with twelve steps of four edits of 32-pixel scenes."""
+    tiny = tiny_config()
     config = dataclasses.replace(
         tiny,
-        num_steps=6,
-        batch_size=2,
-        optimizer=dataclasses.replace(tiny.optimizer, warmup_steps=2),
-        data=dataclasses.replace(tiny.data, sources=("scenes:easy:train:48",), buckets=("32x32",)),
+        num_steps=12,
+        batch_size=4,
+        optimizer=dataclasses.replace(tiny.optimizer, warmup_steps=0, learning_rate=1e-2),
+        data=dataclasses.replace(
+            tiny.data,
+            sources=("scenes:easy:train:30",),
+            buckets=("32x32",),
+            fraction_with_references=1.0,
+        ),
         eval=dataclasses.replace(
             tiny.eval,
             every_steps=3,
-            sources=("scenes:easy:seen:32",),
-            num_batches=1,
+            sources=("scenes:easy:seen:12",),
+            num_batches=2,
             sample_every_steps=6,
             sample_rows=2,
-            sample_num_steps=2,
         ),
         log=dataclasses.replace(tiny.log, every_steps=2, print_every_s=0.0, tensorboard=False),
-        checkpoint=CheckpointConfig(every_steps=3),
+        checkpoint=CheckpointConfig(every_steps=5),
     )
     return dataclasses.replace(config, **changes)
 
 
-def train(config, workdir, lines=None, **options) -> int:
-    told = [] if lines is None else lines
-    return train_loop.train(
-        config, str(workdir), open_weights=open_bundle, tell=told.append, **options
-    )
+@pytest.fixture(autouse=True)
+def light_task(monkeypatch):
+    monkeypatch.setitem(TASKS, "flow_matching", LightTask)
 
 
-def state_of(config, workdir, step):
-    """The state that a run saved, as NumPy leaves."""
-    abstract = train_loop.abstract_state(
-        make_task(config, open_bundle), make_mesh(MeshConfig(), jax.devices()[:1])
-    )
-    state = Checkpoints(workdir / train_loop.CHECKPOINTS).restore(abstract, step).state
+def no_weights(path):
+    raise AssertionError(f"{path} was opened")
+
+
+def train(config, workdir, tell=lambda line: None) -> int:
+    return train_loop.train(config, str(workdir), open_weights=no_weights, tell=tell)
+
+
+def lines_of(run, *kinds) -> list[dict]:
+    return [line for kind in kinds for line in metrics.read(run / metrics.FILE, kind)]
+
+
+def state_of(run, step) -> list[np.ndarray]:
+    config = small_config()
+    mesh = make_mesh(MeshConfig(), jax.devices())
+    abstract = train_loop.abstract_state(LightTask(config, no_weights), mesh)
+    state = Checkpoints(run / train_loop.CHECKPOINTS).restore(abstract, step).state
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
-
-
-def lines_of(workdir, *kinds) -> list[dict]:
-    path = workdir / metrics.FILE
-    return [line for kind in kinds for line in metrics.read(path, kind)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kept_programs(tmp_path_factory):
-    """Programs compiled once for all runs here."""
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_disable_most_optimizations",
-    )
-    before = {name: jax.config.values[name] for name in names}
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_disable_most_optimizations", True)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    run = tmp_path_factory.mktemp("unbroken")
-    lines = []
-    assert train(small_config(), run, lines) == 6
+    run, lines = tmp_path_factory.mktemp("unbroken"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TASKS, "flow_matching", LightTask)
+        assert train(small_config(), run, lines.append) == 12
     return run, lines
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the loop may catch it."""
-
-
-def test_a_run_leaves_what_its_page_says(unbroken):
-    run, lines = unbroken
-    assert {path.name for path in run.iterdir()} >= {"config.json", "checkpoints", "metrics.jsonl"}
-    assert train_config.from_json((run / "config.json").read_text()) == small_config()
-    assert [line["step"] for line in lines_of(run, "train")] == [2, 4, 6]
-    assert [line["step"] for line in lines_of(run, "eval", "eval_ema")] == [3, 6, 3, 6]
-    assert {"loss", "grad_norm", "learning_rate", "skipped"} <= lines_of(run, "train")[0].keys()
-    assert {"images_per_s", "tokens_per_s"} <= lines_of(run, "speed")[-1].keys()
-    told = read_metadata(run / "samples" / "6.png")
-    assert told["step"] == 6 and len(told["prompts"]) == 2
-    assert any(line.startswith("compiled step in ") for line in lines)
-
-
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(unbroken, tmp_path):
-    def tell(line):
-        if line.startswith("step 5/6"):
-            raise Killed
-
-    with pytest.raises(Killed):
-        train_loop.train(small_config(), str(tmp_path), open_weights=open_bundle, tell=tell)
-    with (tmp_path / metrics.FILE).open("a") as file:
-        file.write('{"step": 5, "ki')
-    assert [line["step"] for line in lines_of_whole(tmp_path)] == [2, 4]
-    lines = []
-    assert train(small_config(), tmp_path, lines) == 6
-    assert any(line.startswith("going on from step 3") for line in lines)
-    assert lines_of(tmp_path, "train", "eval", "eval_ema") == lines_of(
-        unbroken[0], "train", "eval", "eval_ema"
-    )
-    for ours, theirs in zip(
-        state_of(small_config(), tmp_path, 6),
-        state_of(small_config(), unbroken[0], 6),
-        strict=True,
-    ):
+def assert_equal_runs(run, other):
+    assert lines_of(run, *KINDS) == lines_of(other, *KINDS)
+    for ours, theirs in zip(state_of(run, 12), state_of(other, 12), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def lines_of_whole(run) -> list[dict]:
-    """Training lines of a file whose last line may be cut short."""
-    lines = (run / metrics.FILE).read_text().splitlines()
-    whole = [json.loads(line) for line in lines if line.endswith("}")]
-    return [line for line in whole if line["kind"] == "train"]
+def test_a_run_leaves_what_the_page_says(unbroken):
+    run, lines = unbroken
+    assert train_config.from_json((run / "config.json").read_text()) == small_config()
+    assert [line["step"] for line in lines_of(run, "train")] == [2, 4, 6, 8, 10, 12]
+    assert [line["step"] for line in lines_of(run, "eval")] == [3, 6, 9, 12]
+    assert lines_of(run, "eval") != lines_of(run, "eval_ema")
+    assert {"loss", "grad_norm", "skipped"} <= lines_of(run, "train")[0].keys()
+    assert {"images_per_s", "tokens_per_s", "mfu"} <= lines_of(run, "speed")[-1].keys()
+    assert lines_of(run, "speed")[-1]["data/epochs"] == 2
+    assert read_metadata(run / "samples" / "6.png")["step"] == 6
+    assert len(read_metadata(run / "samples" / "12.png")["prompts"]) == 2
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["10", "12", "5"]
+    assert any(line.startswith("compiled step in ") for line in lines)
+    assert lines_of(run, "eval")[0]["loss"] > lines_of(run, "eval")[-1]["loss"]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the loop catches it."""
+
+
+def killed_at(step):
+    def tell(line):
+        if line.startswith(f"step {step}/"):
+            raise Killed
+
+    return tell
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(unbroken, tmp_path):
+    for step in (2, 9, 11):
+        with pytest.raises(Killed):
+            train(small_config(), tmp_path, killed_at(step))
+        with (tmp_path / metrics.FILE).open("a") as file:
+            file.write('{"step": 4, "ki')  # cut short
+    lines = []
+    assert train(small_config(), tmp_path, lines.append) == 12
+    assert any(line.startswith("going on from step 10") for line in lines)
+    assert_equal_runs(tmp_path, unbroken[0])
+
+
+def test_sigterm_saves_and_ends_in_order(unbroken, tmp_path):
+    told = []
+
+    def tell(line):
+        told.append(line)
+        if line.startswith("step 6/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    stopped = train(small_config(), tmp_path, tell)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert stopped == 7
+    assert told[-1].startswith("SIGTERM: stopped after step 7, which is saved")
+    assert train(small_config(), tmp_path) == 12
+    assert_equal_runs(tmp_path, unbroken[0])
+
+
+def test_a_finished_run_is_left_alone(unbroken):
+    before = (unbroken[0] / metrics.FILE).read_text()
+    assert train(small_config(), unbroken[0]) == 12
+    assert (unbroken[0] / metrics.FILE).read_text() == before
+
+
+def test_other_settings_are_refused_with_their_difference(unbroken):
+    changed = small_config(
+        batch_size=2, optimizer=dataclasses.replace(small_config().optimizer, learning_rate=1.0)
+    )
+    for attempt in (train_loop.train, train_loop.dry_run):
+        with pytest.raises(ValueError, match="begun with other settings") as error:
+            attempt(changed, str(unbroken[0]), open_weights=no_weights, tell=lambda line: None)
+        lines = str(error.value).splitlines()
+        assert "  - batch_size: 4" in lines and "  + batch_size: 2" in lines
+        assert "  + optimizer.learning_rate: 1.0" in lines
+
+
+def test_what_decides_nothing_may_change(unbroken, tmp_path):
+    with pytest.raises(Killed):
+        train(small_config(), tmp_path, killed_at(9))
+    other = small_config(
+        checkpoint=CheckpointConfig(every_steps=6, keep_last=1),
+        mesh=MeshConfig(data=1, fsdp=1),
+    )
+    assert train(other, tmp_path) == 12
+    assert_equal_runs(tmp_path, unbroken[0])
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["12"]
+
+
+def test_micro_batches_change_the_result_by_rounding_alone(unbroken, tmp_path):
+    config = small_config(accumulate_steps=2)
+    train(dataclasses.replace(config, eval=train_config.EvalConfig()), tmp_path)
+    ours, theirs = lines_of(tmp_path, "train"), lines_of(unbroken[0], "train")
+    np.testing.assert_allclose(
+        [line["loss"] for line in ours], [line["loss"] for line in theirs], rtol=1e-5
+    )
+
+
+def test_steps_without_finite_numbers_are_skipped_and_counted(monkeypatch, tmp_path):
+    monkeypatch.setattr(LightTask, "poison", frozenset({"-3", "-17"}))
+    log = dataclasses.replace(small_config().log, every_steps=1)
+    train(small_config(log=log), tmp_path)
+    lines = lines_of(tmp_path, "train")
+    skipped = [line["step"] for line in lines if line["skipped"]]
+    assert 0 < len(skipped) < 12
+    assert lines[-1]["skipped_total"] == len(skipped)
+    assert all(lines[step - 1].get("loss") is None for step in skipped)
+    assert all(np.isfinite(leaf).all() for leaf in state_of(tmp_path, 12))
+
+
+def test_too_many_skipped_in_a_row_stop_the_run(monkeypatch, tmp_path):
+    config = small_config(max_skipped_in_a_row=3)
+    with pytest.raises(Killed):
+        train(config, tmp_path, killed_at(7))
+    before = state_of(tmp_path, 5)
+    monkeypatch.setattr(LightTask, "poison", frozenset({""}))
+    with pytest.raises(FloatingPointError, match="last 3 steps, up to 8, gave no finite"):
+        train(config, tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["5"]
+    for ours, theirs in zip(state_of(tmp_path, 5), before, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert lines_of(tmp_path, "train")[-1]["skipped_in_a_row"] == 3
+
+
+def test_a_profile_of_some_steps(tmp_path):
+    log = dataclasses.replace(small_config().log, profile_from_step=3, profile_num_steps=2)
+    evaluation = train_config.EvalConfig()
+    train(small_config(num_steps=6, log=log, eval=evaluation), tmp_path)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("mesh", {"data": 2}, "does not fit 1 device"),
+        ("eval", {"sources": ("nowhere",)}, "nowhere: no such file"),
+        ("data", {"sources": ("REQUIRED",)}, "data.sources must be given: --config.data.sources=…"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_any_work(section, changes, message, tmp_path):
+    config = small_config()
+    changed = {section: dataclasses.replace(getattr(config, section), **changes)}
+    config = dataclasses.replace(config, **changed)
+    for attempt in (train_loop.dry_run, train_loop.train):
+        with pytest.raises((ValueError, OSError), match=message):
+            attempt(config, str(tmp_path), open_weights=no_weights, tell=lambda line: None)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_dry_run_tells_what_would_run(tmp_path):
+    lines = []
+    train_loop.dry_run(
+        small_config(), str(tmp_path / "run"), open_weights=no_weights, tell=lines.append
+    )
+    text = "\n".join(lines)
+    for part in ("9 trained parameters", "12 steps of 4", "examples an epoch", "a new run"):
+        assert part in text
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
