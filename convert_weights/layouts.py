@@ -113,6 +113,11 @@ def split_components(names: list[str], where: str) -> dict[str, Group]:
     if unknown:
         shown = "\n".join(f"  + {name}" for name in unknown[:20])
         more = f"\n  … and {len(unknown) - 20} more" if len(unknown) > 20 else ""
+        if any("lora_" in name for name in unknown):
+            more += (
+                "\nThis looks like a LoRA, which changes other weights: give it with `sample.py "
+                "--lora`, or translate it with `python -m convert_weights lora`"
+            )
         raise WeightMismatchError(
             f"{where}: these tensors are not those of a {', '.join(TITLES.values())} "
             f"in a naming we know:\n{shown}{more}"

@@ -395,7 +395,13 @@ def test_a_bias_needs_one_in_the_model(tmp_path):
         lora_tensors(read(written(tmp_path, tensors)), "kohya", CONFIGS)
 
 
-# The command.
+# The commands.
+
+
+def test_a_lora_in_place_of_weights_is_recognised(tmp_path, capsys):
+    path = written(tmp_path, factors(QKV))
+    assert main(["inspect", str(path)]) == 1
+    assert "looks like a LoRA" in capsys.readouterr().err
 
 
 def test_the_command_translates_a_file(tmp_path, capsys):
