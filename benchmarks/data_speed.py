@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, features
 
-from kontext_jax.data import cache, encode
+from kontext_jax.data import cache, encode, encoded_folder
 from kontext_jax.data.buckets import Kind
 from kontext_jax.data.config import DataConfig
 from kontext_jax.data.encoded_records import SampleEntry, ShardWriter, lock_part, prompt_key
@@ -121,14 +121,14 @@ def measure_cached(count: int, steps: int, batch_size: int, threads: int) -> dic
         root = Path(folder)
         with lock_part(root, 0) as partial:
             null_text = draw(512, 4096), draw(768)
-            made_by = cache.start_folder(root, partial, {}, {}, lambda: null_text)
+            made_by = encoded_folder.start_folder(root, partial, {}, {}, lambda: null_text)
             writer = ShardWriter(root, 0, made_by, 512_000_000)
             for i in range(count):
                 writer.add_text(f"edit {i}", draw(512, 4096), draw(768))
                 entry = SampleEntry(str(i), 0, kind, prompt_key(f"edit {i}"))
                 writer.add_sample(entry, draw(128, 128, 16), (draw(128, 128, 16),))
             writer.finish_shard()
-            cache.write_done(root, partial, 0, 1, count)
+            encoded_folder.write_done(root, partial, 0, 1, count)
         batches = cache.CachedBatches(
             cache.EncodedCache(root), batch_size=batch_size, seed=0, threads=threads, prefetch=2
         )

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from kontext_jax.data import cache as cache_module
 from kontext_jax.data.buckets import Kind
-from kontext_jax.data.cache import CachedBatches, EncodedCache, start_folder, write_done
+from kontext_jax.data.cache import CachedBatches, EncodedCache
+from kontext_jax.data.encoded_folder import start_folder, write_done
 from kontext_jax.data.encoded_records import (
     CacheError,
     SampleEntry,

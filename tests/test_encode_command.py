@@ -19,7 +19,7 @@ from PIL import Image
 from kontext_jax import encoding
 from kontext_jax.checkpoint import untrained_bundle
 from kontext_jax.conditioning import encode_batch, encoder_facts
-from kontext_jax.data import encode
+from kontext_jax.data import encode, encoding_jobs
 from kontext_jax.data.cache import CachedBatches, EncodedCache
 from kontext_jax.data.config import DataConfig
 from kontext_jax.data.encoded_records import CacheError, Shard, ShardWriter, shard_paths
@@ -145,7 +145,7 @@ def test_a_run_that_was_stopped_goes_on(data, whole, tmp_path, monkeypatch, coun
 def test_a_second_run_has_nothing_to_do(data, tmp_path, monkeypatch):
     assert run(data, tmp_path) == 0
     files = {path: path.stat().st_mtime_ns for _, _, path in shard_paths(tmp_path)}
-    monkeypatch.setattr(HandEncoders, "encode_pictures", None)
+    monkeypatch.setattr(encode, "Networks", None)
     assert run(data, tmp_path) == 0
     assert files == {path: path.stat().st_mtime_ns for _, _, path in shard_paths(tmp_path)}
 
@@ -286,8 +286,8 @@ def test_sizes_told_for_the_large_model():
     from kontext_jax.data.buckets import Kind
     from kontext_jax.models.presets import PRESETS
 
-    jobs = [encoding.Job(0, Kind((1024, 1024), ((1024, 1024),)), (0,))]
-    latents, text = encoding.bytes_needed(PRESETS["kontext-dev"], 2, 512, jobs)
+    jobs = [encoding_jobs.Job(0, Kind((1024, 1024), ((1024, 1024),)), (0,))]
+    latents, text = encoding_jobs.bytes_needed(PRESETS["kontext-dev"], 2, 512, jobs)
     assert latents == 2 * 524_288 and text == 512 * 4096 * 2 + 768 * 2
     assert [encoding.size_text(n) for n in (latents, text, 999, 4e15)] == [
         "1.05 MB",

@@ -24,24 +24,15 @@ import PIL
 
 from kontext_jax.checkpoint import ModelBundle, untrained_bundle
 from kontext_jax.conditioning import encoder_facts
-from kontext_jax.data import cache
+from kontext_jax.data import encoded_folder
 from kontext_jax.data.buckets import bucket_sizes
 from kontext_jax.data.check import add_options, parse_arguments
 from kontext_jax.data.config import DataConfig
 from kontext_jax.data.dataset import open_dataset
 from kontext_jax.data.encoded_records import ShardWriter, facts_hash, lock_part
+from kontext_jax.data.encoding_jobs import Cutting, bytes_needed, list_jobs, read_stored
 from kontext_jax.data.filters import FilterError
-from kontext_jax.encoding import (
-    Cutting,
-    Encoding,
-    Networks,
-    ProgressLine,
-    bytes_needed,
-    check_room,
-    list_jobs,
-    read_stored,
-    size_text,
-)
+from kontext_jax.encoding import Encoding, Networks, ProgressLine, check_room, size_text
 from kontext_jax.stages import DTYPES
 
 DATA_OPTIONS = (
@@ -114,7 +105,7 @@ def encode(args: argparse.Namespace) -> None:
             f"process_index {args.process_index} is none of {args.process_count} processes, which "
             "count from 0"
         )
-    out, dtype = cache.local_folder(args.out), DTYPES[args.dtype]
+    out, dtype = encoded_folder.local_folder(args.out), DTYPES[args.dtype]
     bundle = open_encoders(args.weights, args.autoencoder_weights, args.model)
     tell(f"encoders: {bundle.source}")
     max_text_tokens = args.max_text_tokens or bundle.preset.max_text_tokens
@@ -131,16 +122,21 @@ def encode(args: argparse.Namespace) -> None:
         "pictures": cutting.facts(bucket_sizes(config.resolution, config.buckets)),
     }
     made_by = facts_hash(facts)
-    if (out / cache.MANIFEST).exists():
-        cache.check_facts(out, cache.read_manifest(out)["facts"], facts)
+    if (out / encoded_folder.MANIFEST).exists():
+        encoded_folder.check_facts(out, encoded_folder.read_manifest(out)["facts"], facts)
     out.mkdir(parents=True, exist_ok=True)
 
     with lock_part(out, args.process_index) as partial:
-        cache.withdraw_done(out, args.process_index, args.process_count)
+        encoded_folder.withdraw_done(out, args.process_index, args.process_count)
         dataset = open_dataset(config, index_dir=out / "index", tell=tell)
         stored = read_stored(out, made_by)
         share = args.process_index, args.process_count
         jobs, num_done = list_jobs(dataset, stored, args.variants, *share)
+        if not jobs and (out / encoded_folder.MANIFEST).exists():
+            encoded_folder.read_null_text(out, made_by)
+            encoded_folder.write_done(out, partial, *share, num_done)
+            tell(f"nothing is missing: {out} holds {num_done:,} crops of this process")
+            return
         todo = sum(len(job.variants) for job in jobs)
         itemsize = np.dtype(dtype).itemsize
         latents, text = bytes_needed(bundle.preset, itemsize, max_text_tokens, jobs)
@@ -158,7 +154,7 @@ def encode(args: argparse.Namespace) -> None:
             "encoders": bundle.source,
             "made_with": {"pillow": PIL.__version__, "jax": jax.__version__},
         }
-        cache.start_folder(out, partial, facts, notes, networks.null_text)
+        encoded_folder.start_folder(out, partial, facts, notes, networks.null_text)
         sources = {source.name: source.identity() for source in dataset.sources}
         writer = ShardWriter(out, args.process_index, made_by, args.shard_kb * 1000, sources)
         work = Encoding(
@@ -185,7 +181,7 @@ def encode(args: argparse.Namespace) -> None:
             print(f"\r{'':<78}\r", end="")
         seconds = time.monotonic() - start
         num_records = num_done + work.num_written
-        cache.write_done(out, partial, *share, num_records)
+        encoded_folder.write_done(out, partial, *share, num_records)
     images = work.num_written * pictures / max(1, todo)
     tell(
         f"encoded {work.num_written:,} crops in {seconds:.1f} s ({images / seconds:.3g} images/s); "

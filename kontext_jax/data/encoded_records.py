@@ -31,9 +31,6 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from kontext_jax.data.buckets import Kind
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-NULL_TEXT = "null_text.safetensors"
 SHARD_NAME = re.compile(r"part-(\d{5})-(\d{6})\.array_record")
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -305,7 +302,7 @@ class Shard:
         if header.get("made_by") != self._made_by:
             raise CacheError(
                 f"{self.path}: record {place} was made by {_short(str(header.get('made_by')))}, "
-                f"{MANIFEST} tells of {self._made_by}: the file belongs to another folder"
+                f"its folder by {self._made_by}: the file belongs to another folder"
             )
         return header, arrays
 
