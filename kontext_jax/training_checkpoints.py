@@ -266,15 +266,19 @@ class Checkpoints:
         try:
             saving.result()
             self._commit(step, folder)
-            if jax.process_index() == 0:
-                self._delete_old(step)
         except Exception as error:
-            if jax.process_index() == 0 and not (folder / MANIFEST).exists():
+            if jax.process_index() == 0:
                 step_folders.remove(folder)
             try:
                 self._fail(step, nbytes, _first_line(error), raise_now=False)
             except OSError as second:
                 self._error = second
+            return
+        if jax.process_index() == 0:
+            try:
+                self._delete_old(step)
+            except OSError as error:
+                self._tell(f"WARNING: step {step} is saved, but older ones cannot go: {error}")
 
     def _commit(self, step: int, folder: epath.Path) -> None:
         """Writes the manifest, each process having looked at the files that it wrote."""

@@ -49,3 +49,13 @@ def test_full_disk_keeps_what_was_saved(unbroken, tmp_path):
     size = faults.state_bytes_of(unbroken)
     if faults.full_disk_row(LIGHT, tmp_path / "run", unbroken, size) is None:
         pytest.skip("no file system may be mounted here")
+
+
+def test_kills_of_train_py_lose_nothing(tmp_path):
+    """The command itself; the table in docs/faults.md is of many more."""
+    command = faults.train_command(26, 2, "data.fraction_with_references=1.0")
+    status, output = command.finish(tmp_path / "unbroken")
+    assert status == 0, output
+    kills = faults.kill_again_and_again(command, tmp_path / "run", 5, seed=1, tell=print)
+    assert not faults.differences(tmp_path / "run", tmp_path / "unbroken")
+    assert any(kill.during_save for kill in kills), kills

@@ -465,6 +465,21 @@ def make_table(command: Command, folder: Path, num_kills: int, seed: int, tell) 
     return rows
 
 
+def train_command(num_steps: int, every_steps: int, *settings: str) -> Command:
+    """`train.py` on its smallest config, with small batches and nothing but training."""
+    words = ["train.py", "--config", "configs/tiny.py"]
+    for setting in (
+        f"num_steps={num_steps}",
+        f"checkpoint.every_steps={every_steps}",
+        "batch_size=2",
+        "eval.every_steps=0",
+        "eval.sample_every_steps=0",
+        *settings,
+    ):
+        words.append(f"--config.{setting}")
+    return Command((sys.executable, *words, "--workdir", "{run}"), {"JAX_PLATFORMS": "cpu"})
+
+
 HEAD = """# Faults
 
 What a training run survives, shown by `python tools/fault_table.py`: an unbroken run of
@@ -489,15 +504,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the table here, too")
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
-    settings = [
-        f"num_steps={args.steps}",
-        "batch_size=2",
-        f"checkpoint.every_steps={args.every}",
-        "eval.every_steps=0",
-        "eval.sample_every_steps=0",
-    ]
-    words = ["train.py", "--config", "configs/tiny.py"] + [f"--config.{s}" for s in settings]
-    command = Command((sys.executable, *words, "--workdir", "{run}"), {"JAX_PLATFORMS": "cpu"})
+    command = train_command(args.steps, args.every)
     with contextlib.ExitStack() as stack:
         folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
@@ -506,7 +513,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         size = state_bytes_of(folder / "unbroken")
     text = HEAD.format(
-        command=f"python {' '.join(words)}",
+        command=" ".join(["python", *command.arguments[1:-2]]),
         steps=args.steps,
         megabytes=size / 1e6,
         every=f"{args.every} steps",
