@@ -18,8 +18,10 @@ def test_names_are_keys():
     assert all(name == preset.name for name, preset in PRESETS.items())
 
 
-def test_only_kontext_and_tiny_take_references():
-    assert {n for n, p in PRESETS.items() if p.takes_references} == {"kontext-dev", "tiny"}
+def test_kontext_and_the_small_models_take_references():
+    assert {n for n, p in PRESETS.items() if p.takes_references} == {
+        *("kontext-dev", "kontext-base", "tiny", "tiny-scenes")
+    }
 
 
 def test_networks_of_a_preset_fit_together():

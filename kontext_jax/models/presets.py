@@ -166,6 +166,8 @@ PRESETS = {
             max_text_tokens=256,
             takes_references=False,
         ),
+        # What training begins with: guidance is distilled into a model, and takes an input, later.
+        Preset("kontext-base", MMDiTConfig(guidance_embed=False)),
         Preset(
             "tiny",
             _TINY_MMDIT,
