@@ -213,6 +213,18 @@ def parameter_axes(path: str) -> tuple[str, ...] | None:
     return next((axes for pattern, axes in _PARAMETER_PATTERNS if pattern.match(path)), None)
 
 
+def _adapter_axes(path: str, num_axes: int) -> tuple[str, ...] | None:
+    """Logical axes of a kernel's low-rank adapter: a [N?, *in, rank] or b [N?, rank, *out]."""
+    module, _, name = path.rpartition("/")
+    kernel = parameter_axes(f"{module}/kernel") if name in ("a", "b") else None
+    if not kernel:
+        return kernel
+    if name == "a":
+        return (*kernel[: num_axes - 1], "rank")
+    stack = kernel[:1] if kernel[0] == "layers" else ()
+    return (*stack, "rank", *kernel[len(kernel) - (num_axes - len(stack) - 1) :])
+
+
 def parameter_spec(mesh: Mesh, path: str, shape: Sequence[int]) -> PartitionSpec:
     """Where a parameter, or anything that has its path and shape, lies.
 
@@ -220,6 +232,9 @@ def parameter_spec(mesh: Mesh, path: str, shape: Sequence[int]) -> PartitionSpec
       ValueError: for a large array that no rule names, or that cannot be split as its rule says.
     """
     names = parameter_axes(path)
+    is_adapter = names is None
+    if is_adapter:
+        names = _adapter_axes(path, len(shape))
     is_small = math.prod(shape) < SMALL_PARAMETER
     if names is None or (names and len(names) != len(shape)):
         if is_small:
@@ -230,18 +245,26 @@ def parameter_spec(mesh: Mesh, path: str, shape: Sequence[int]) -> PartitionSpec
             "kontext_jax/sharding.py; add one that names its axes, or () to copy it everywhere"
         )
     spec = [_split(mesh, name, size) for name, size in zip(names, shape, strict=False)]
+
+    def free(parts: int) -> list[int]:
+        return [i for i, size in enumerate(shape) if not spec[i] and size % parts == 0]
+
     for name in names:
         wanted = tuple(a for a in MESH_AXES[name] if mesh.shape.get(a, 1) > 1)
         if is_small or not wanted or any(set(wanted) <= set(axes) for axes in spec):
             continue
         parts = math.prod(mesh.shape[a] for a in wanted)
-        others = [i for i, size in enumerate(shape) if not spec[i] and size % parts == 0]
-        if not others:
+        if not (others := free(parts)):
             raise ValueError(
                 f"{path} with shape {tuple(shape)} has no free axis that is divisible by "
                 f"{' × '.join(wanted)} = {parts}; change --config.mesh.{wanted[-1]}"
             )
         spec[others[-1]] = wanted
+    if is_adapter and "embed" not in names and mesh.shape.get("fsdp", 1) > 1:
+        # One of the two factors has no axis over fsdp, since the kernel's only one is the other's.
+        wide = [i for i in free(mesh.shape["fsdp"]) if names[i] not in ("layers", "rank")]
+        if wide:
+            spec[wide[-1]] = ("fsdp",)
     return PartitionSpec(*(axes or None for axes in spec))
 
 

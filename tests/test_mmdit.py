@@ -1,5 +1,6 @@
 """The transformer: its parameters, what it depends on, and its ways of being run."""
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import print_saved_residuals
 
 from kontext_jax import latents
 from kontext_jax.flow import timestep_schedule
@@ -20,6 +22,7 @@ from kontext_jax.models.layers import (
     timestep_embedding,
 )
 from kontext_jax.models.mmdit import (
+    REMAT_POLICIES,
     Conditioning,
     MMDiT,
     init_params,
@@ -253,28 +256,69 @@ def test_attention_backends_agree(backend):
     )
 
 
-@pytest.mark.slow
-def test_remat_changes_no_gradient():
+def loss_fn(remat, config=SMALL, backend="reference"):
+    model = MMDiT(config, attention_backend=backend, remat=remat)
     cond, x, t = conditioning(), target_tokens(), jnp.array([0.3, 0.8])
-    params = small_params()
+    pe = np.concatenate([cond.pe] * (config.head_dim // SMALL.head_dim), axis=-1)
+    cond = dataclasses.replace(cond, pe=pe)
+    return lambda p: jnp.mean(make_velocity_fn(model, p, cond)(x, t, None) ** 2)
 
-    def lowered(remat):
-        model = MMDiT(SMALL, attention_backend="reference", remat=remat)
 
-        def loss(params):
-            return jnp.mean(make_velocity_fn(model, params, cond)(x, t, None) ** 2)
+def count_operations(jaxpr, primitive):
+    """How often a primitive stands in a jaxpr and those inside it."""
+    count = 0
+    for eqn in jaxpr.eqns:
+        count += eqn.primitive.name == primitive
+        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns")):
+            if hasattr(inner, "eqns"):
+                count += count_operations(inner, primitive)
+    return count
 
-        return jax.jit(jax.grad(loss)).lower(params)
 
-    with_remat, without = lowered("full"), lowered("none")
-    products = [program.as_text().count("dot_general") for program in (with_remat, without)]
-    assert products[0] > products[1]  # the forward products of a block stand there again
-    recomputed, kept = with_remat.compile()(params), without.compile()(params)
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["full", "save_products"])
+def test_remat_changes_no_gradient(remat):
+    recomputed, kept = (jax.jit(jax.grad(loss_fn(r)))(small_params()) for r in (remat, "none"))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), recomputed, kept
     )
     for path, gradient in jax.tree.leaves_with_path(kept):  # every parameter takes part
         assert np.abs(gradient).max() > 0, jax.tree_util.keystr(path)
+
+
+@pytest.mark.slow
+def test_each_policy_recomputes_fewer_products():
+    products = {
+        remat: count_operations(
+            jax.make_jaxpr(jax.grad(loss_fn(remat)))(small_params()).jaxpr, "dot_general"
+        )
+        for remat in REMAT_POLICIES
+    }
+    print(products)
+    none = products.pop("none")
+    counts = list(products.values())  # from "full" to "save_products"
+    assert counts == sorted(set(counts), reverse=True)
+    assert counts[-1] == none + 2  # the scores of the reference attention, in both kinds of block
+
+
+def test_attention_is_saved_with_its_log_sum_exp(capsys):
+    wide = dataclasses.replace(SMALL, hidden_size=128, num_heads=1, axes_dim=(16, 56, 56))
+
+    def saved(remat):
+        print_saved_residuals(loss_fn(remat, wide, "splash"), small_params(wide))
+        return capsys.readouterr().out.splitlines()
+
+    extra = collections.Counter(saved("save_attention")) - collections.Counter(saved("full"))
+    # [N, B, H, padded S, Dh] and [N, B, H, padded S] of double and of single blocks.
+    shapes = ["f32[2,2,1,128,128]", "f32[2,2,1,128]", "f32[3,2,1,128,128]", "f32[3,2,1,128]"]
+    assert sorted(line.split()[0] for line in extra.elements()) == sorted(shapes)
+
+
+def test_an_unknown_policy_is_refused():
+    with pytest.raises(
+        ValueError, match=r"unknown remat policy 'all'; choose one of .'none', 'full"
+    ):
+        velocity(conditioning(), model=MMDiT(SMALL, remat="all"))
 
 
 def test_bfloat16_stays_near_float32():

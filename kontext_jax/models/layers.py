@@ -83,8 +83,15 @@ def _mixed_matmul_bwd(num_axes, out_dtype, residuals, dy):
     num_rows = x.ndim - num_axes
     dx = _product(_contract_outputs, num_axes, x.dtype, dy, kernel.astype(x.dtype))
     rows = tuple(range(num_rows))
-    d_kernel = lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype)
-    return dx, d_kernel
+
+    def sum_over_rows(x, dy):
+        axes = (rows, rows), ((), ())
+        return lax.dot_general(x, dy, axes, preferred_element_type=kernel.dtype)
+
+    def sum_after_casting(x, dy):  # XLA's CPU backend lacks such products of some bfloat16 batches
+        return sum_over_rows(x.astype(kernel.dtype), dy.astype(kernel.dtype))
+
+    return dx, lax.platform_dependent(x, dy, cpu=sum_after_casting, default=sum_over_rows)
 
 
 _mixed_matmul.defvjp(_mixed_matmul_fwd, _mixed_matmul_bwd)
@@ -266,9 +273,10 @@ class Modulation(nn.Module):
             # the contracted axis of the whole stack of kernels to the front: a copy of gigabytes.
             rows = jnp.broadcast_to(rows, (self.num_layers, *rows.shape))
             multiply = jax.vmap(multiply, out_axes=1)
-        out = multiply(rows, kernel)
-        if vec.ndim == 2:  # one time for each example
-            out = constrain(out, "batch", *(None for _ in out.shape[1:]))
+        others = (None,) * (len(stack) + 2)
+        out = constrain(multiply(rows, kernel), "rows", *others)
+        if vec.ndim == 2:  # one time for each example: back to its device
+            out = constrain(out, "batch", *others)
         out = add_bias(out.astype(self.dtype), bias)
         if self.has_variable("lora", "a"):
             out = out + self._low_rank_path(rows)

@@ -1,0 +1,235 @@
+"""Where arrays lie on a mesh, and that a mesh changes nothing but that."""
+
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from kontext_jax import sharding
+from kontext_jax.checkpoint import parameter_shapes
+from kontext_jax.models.lora import LoraConfig, init_lora
+from kontext_jax.models.presets import CONFIG_CLASSES, PRESETS
+from kontext_jax.objectives.base import TokenBatch
+from kontext_jax.optimizer import OptimizerConfig, make_optimizer
+from kontext_jax.sharding import MeshConfig
+from kontext_jax.train_state import make_train_state
+
+ROOT = Path(__file__).parents[1]
+
+
+def abstract_mesh(**sizes):
+    shape = tuple(sizes.get(axis, 1) for axis in sharding.AXES)
+    return AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def elements_per_device(mesh, shapes) -> int:
+    places = sharding.state_shardings(mesh, shapes)
+    sizes = jax.tree.map(lambda x, place: math.prod(place.shard_shape(x.shape)), shapes, places)
+    return sum(jax.tree.leaves(sizes))
+
+
+@pytest.mark.parametrize("kind", CONFIG_CLASSES)
+@pytest.mark.parametrize("preset", ["kontext-dev", "tiny"])
+def test_every_parameter_of_every_network_has_a_rule(kind, preset):
+    shapes = parameter_shapes(kind, getattr(PRESETS[preset], kind))
+    for path, leaf in jax.tree.leaves_with_path(shapes):
+        axes = sharding.parameter_axes(sharding.path_name(path))
+        assert axes is not None, sharding.path_name(path)
+        assert len(axes) in (0, leaf.ndim), sharding.path_name(path)
+
+
+@pytest.mark.parametrize(("kind", "slack"), [("mmdit", 0.02), ("t5", 0.05)])
+def test_large_networks_are_split_over_fsdp_and_tensor(kind, slack):
+    shapes = parameter_shapes(kind, getattr(PRESETS["kontext-dev"], kind))
+    total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    for sizes in ({"fsdp": 16}, {"data": 2, "fsdp": 32}, {"fsdp": 64}):
+        held = elements_per_device(abstract_mesh(**sizes), shapes)
+        assert total / sizes["fsdp"] <= held < (1 + slack) * total / sizes["fsdp"], sizes
+    split = elements_per_device(abstract_mesh(fsdp=8, tensor=8), shapes)
+    assert split < 1.2 * total / 64  # embeddings of the inputs are not split over tensor
+
+
+def test_small_frozen_networks_are_copied():
+    for kind in ("vae", "clip"):
+        shapes = parameter_shapes(kind, getattr(PRESETS["kontext-dev"], kind))
+        total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+        assert elements_per_device(abstract_mesh(fsdp=16, tensor=4), shapes) == total
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_moments_and_averages_follow_their_parameter(optimizer):
+    mesh = abstract_mesh(fsdp=8, tensor=2)
+    shapes = parameter_shapes("mmdit", PRESETS["kontext-dev"].mmdit)
+    transform = make_optimizer(OptimizerConfig(name=optimizer), num_steps=10)
+    state = jax.eval_shape(
+        functools.partial(make_train_state, optimizer=transform, with_ema=True), shapes
+    )
+    by_path = {
+        sharding.path_name(path): place.spec
+        for path, place in jax.tree.leaves_with_path(sharding.state_shardings(mesh, state))
+    }
+    for path, leaf in jax.tree.leaves_with_path(shapes):
+        name, places = sharding.path_name(path), set()
+        copies = [spec for key, spec in by_path.items() if key.endswith("/" + name)]
+        assert len(copies) >= 3, name  # parameter, average, one moment or two
+        places = set(copies)
+        assert len(places) == 1, (name, places)
+        if leaf.size > 2**24:
+            assert "fsdp" in str(places), name
+    assert by_path["step"] == PartitionSpec()
+
+
+def test_adapters_are_split_along_the_wide_axis():
+    mesh = abstract_mesh(fsdp=8)
+    shapes = parameter_shapes("mmdit", PRESETS["kontext-dev"].mmdit)
+    adapters = jax.eval_shape(lambda: init_lora(LoraConfig(rank=16), shapes, jax.random.key(0)))
+    total = sum(leaf.size for leaf in jax.tree.leaves(adapters))
+    assert elements_per_device(mesh, adapters) < 0.2 * total
+
+
+def test_an_axis_that_does_not_divide():
+    mesh = abstract_mesh(fsdp=7)
+    spec = functools.partial(sharding.parameter_spec, mesh, "single_blocks/mlp_in/kernel")
+    assert spec((2, 32, 128)) == PartitionSpec(None, None, None)  # small: copied
+    assert spec((2, 1024, 7 * 512)) == PartitionSpec(None, None, "fsdp")
+    with pytest.raises(
+        ValueError, match=r"mlp_in/kernel .* no free axis .* fsdp = 7; change --con"
+    ):
+        spec((2, 1024, 4096))
+
+
+def test_a_large_unknown_parameter_is_refused():
+    mesh = abstract_mesh(fsdp=8)
+    assert sharding.parameter_spec(mesh, "heads/new", (8, 8)) == PartitionSpec()
+    with pytest.raises(ValueError, match=r"heads/new .* matches no rule of PARAMETER_AXES"):
+        sharding.parameter_spec(mesh, "heads/new", (1024, 1024))
+    with pytest.raises(ValueError, match=r"matches the rule \('layers', 'embed', 'mlp'\)"):
+        sharding.parameter_spec(mesh, "single_blocks/mlp_in/kernel", (1024, 1024))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices", "shape"),
+    [
+        ({}, 8, (1, 1, 8, 1)),
+        ({"data": -1, "fsdp": 2, "tensor": 2}, 8, (1, 2, 2, 2)),
+        ({"slices": 2, "data": 2}, 16, (2, 2, 4, 1)),
+    ],
+)
+def test_the_rest_of_the_devices_is_filled_in(sizes, devices, shape):
+    assert sharding.mesh_shape(MeshConfig(**sizes), devices) == shape
+
+
+def test_a_mesh_that_does_not_fit_says_so():
+    with pytest.raises(
+        ValueError, match=r"fsdp 3 × tensor 1 does not fit 8 devices; change --conf"
+    ):
+        sharding.mesh_shape(MeshConfig(fsdp=3), 8)
+    with pytest.raises(ValueError, match="only one mesh size may be -1"):
+        MeshConfig(data=-1)
+    with pytest.raises(ValueError, match="must be positive"):
+        MeshConfig(tensor=0)
+
+
+def test_tpu_slices_must_be_named():
+    class Device:
+        def __init__(self, index):
+            self.slice_index = index // 4
+
+    with pytest.raises(ValueError, match=r"2 TPU slices, but mesh.slices is 1; set --config.mesh"):
+        sharding.make_mesh(MeshConfig(), [Device(i) for i in range(8)])
+
+
+def test_a_batch_is_split_over_all_axes_but_tensor():
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)  # noqa: E731
+    batch = TokenBatch(
+        x0=shape(16, 4, 8), ctx=None, txt=shape(16, 3, 8), vec=shape(16, 8),
+        null_txt=shape(3, 8), null_vec=shape(8), pe=shape(2, 7, 4),
+    )  # fmt: skip
+    mesh = abstract_mesh(slice=2, data=2, fsdp=2, tensor=2)
+    places = sharding.batch_shardings(mesh, batch)
+    split = PartitionSpec(("slice", "data", "fsdp"))
+    assert {p.spec for p in (places.x0, places.txt, places.vec)} == {split}
+    assert {p.spec for p in (places.null_txt, places.null_vec, places.pe)} == {PartitionSpec()}
+    with pytest.raises(
+        ValueError, match=r"x0: a global batch of 16 .* = 32; change --config.batch"
+    ):
+        sharding.batch_shardings(abstract_mesh(fsdp=32), batch)
+
+
+def test_one_device_holds_the_whole_batch():
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    assert sharding.process_share(mesh) == (0, 1)
+    batch = {"x0": np.arange(6.0).reshape(3, 2), "pe": np.ones((2, 3, 4))}
+    placed = sharding.shard_batch(mesh, batch)
+    jax.tree.map(np.testing.assert_array_equal, placed, batch)
+
+
+def test_constrain_is_nothing_without_a_mesh():
+    x = jnp.ones((2, 3))
+    assert sharding.constrain(x, "batch", "width") is x
+
+
+def test_constrain_wants_a_name_for_each_axis():
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    with sharding.activation_rules(mesh), pytest.raises(ValueError, match="1 logical axes"):
+        sharding.constrain(jnp.ones((2, 3)), "batch")
+
+
+def run_on_eight_devices(*args: str) -> dict:
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    environment = os.environ | {
+        "XLA_FLAGS": flags,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, str(ROOT / "tests" / "mesh_driver.py"), *args]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_attention_runs_on_each_devices_examples_and_heads():
+    found = run_on_eight_devices("--attention")["attention"]
+    for backend, result in found.items():
+        assert result["shard"] == [1, 1, 130, 128], backend
+        assert result["deviation"] < 1e-5, backend
+
+
+@pytest.mark.slow
+def test_a_mesh_changes_a_training_step_by_rounding_alone():
+    meshes = {
+        "none": [1, 32, 128],
+        "fsdp=8": [1, 4, 128],
+        "data=2,fsdp=4": [1, 8, 128],
+        "fsdp=4,tensor=2": [1, 8, 64],
+        "slices=2,fsdp=4": [1, 8, 128],
+    }
+    results = run_on_eight_devices(*meshes)
+    for mesh, shard in meshes.items():
+        found = results[mesh]
+        print(mesh, {k: found[k] for k in ("loss", "gradient_deviation", "params_deviation")})
+        assert found["loss"] == pytest.approx(results["none"]["loss"], rel=1e-5)
+        assert found["gradient_deviation"] < 5e-5
+        # Adam divides by the gradient's size: its step keeps the gradient's relative rounding.
+        assert found["params_deviation"] < 1e-3
+        assert found["kernel_shards"] == [shard] * 3  # parameter, first moment, average
+        # No device holds the tokens of the whole batch, which one device alone must.
+        assert bool(found["whole_batch_activations"]) == (mesh == "none"), mesh
+
+
+def test_optax_moments_are_found_by_path():
+    params = {"img_in": {"kernel": jax.ShapeDtypeStruct((64, 2**15), jnp.float32)}}
+    state = jax.eval_shape(optax.adam(0.1).init, params)
+    places = sharding.state_shardings(abstract_mesh(fsdp=4), state)
+    assert places[0].mu["img_in"]["kernel"].spec == PartitionSpec(None, "fsdp")
+    assert places[0].count.spec == PartitionSpec()
