@@ -30,7 +30,7 @@ def get_config():
                 learning_rate=1e-3, schedule="cosine", warmup_steps=50, end_fraction=0.02, b2=0.99
             ),
             data=DataConfig(
-                sources=("scenes:easy-crowded:train:20000",),
+                sources=("scenes:easy-crowded:any:12000",),
                 buckets=("64x64",),
                 fraction_with_references=0.0,
             ),

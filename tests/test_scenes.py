@@ -95,6 +95,12 @@ def test_training_never_shows_what_is_held_out(world):
         assert new_pair or (example.kind, example.position) in world.held_out_positions
 
 
+def test_the_split_for_autoencoders_shows_every_combination():
+    examples = draw(WORLDS["easy-crowded"], "any", 40)
+    assert {t.pair for e in examples for t in e.target.things} >= EASY.held_out_pairs
+    assert max(len(e.target.things) for e in examples) == 9
+
+
 def test_held_out_combinations_are_fixed():
     assert EASY.held_out_pairs == {("square", "yellow"), ("cross", "yellow"), ("circle", "green")}
     moves = [cell for kind, cell in EASY.held_out_positions if kind == "move"]

@@ -1,6 +1,6 @@
 """A procedural world: pictures of simple objects, captions, and edits whose exact result is known.
 
-One to three objects stand on a 3×3 grid. An edit is drawn as a change of the scene, so its target is
+One to three objects stand on a 3×3 grid. An edit is drawn as a change of the scene: its target is
 rendered, not guessed; `kontext_jax.evaluation.scene_parser` reads a scene back from pixels.
 
 Everything is a function of (world, split, seed, index). One in five combinations, decided by a hash
@@ -14,7 +14,7 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -47,7 +47,7 @@ OBJECT_EDITS = ("recolor", "remove", "add", "move", "resize", "swap")
 PICTURE_EDITS = ("background", "invert", "gray", "keep")
 CAPTION = "caption"  # text to image
 
-Split = Literal["train", "seen", "held_out"]
+Split = Literal["train", "seen", "held_out", "any"]
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -253,17 +253,18 @@ class SceneSource:
 
     Args:
       split: "train" and "seen" have no held-out combination anywhere, and differ in what is drawn;
-        every example of "held_out" is about one.
+        every example of "held_out" is about one. "any" is for autoencoders, which must be able to
+        show every scene; no edit of it is learnt.
       count: how many there are.
     """
 
     def __init__(self, world: World, split: Split = "train", seed: int = 0, count: int = 100_000):
-        if split not in (splits := ("train", "seen", "held_out")):
+        if split not in (splits := get_args(Split)):
             raise ValueError(f"split is {split!r}; expected one of {', '.join(splits)}")
         self.world, self.split, self.seed, self.count = world, split, seed, count
         self._split_index = splits.index(split)
         pairs = sorted(itertools.product(world.shapes, world.colours))
-        if split != "held_out":
+        if split in ("train", "seen"):
             pairs = [pair for pair in pairs if pair not in world.held_out_pairs]
         self._pairs = pairs
 
@@ -277,8 +278,11 @@ class SceneSource:
         kind = _choose(rng, self.world.kinds)
         while True:
             example = self._draw(rng, kind, f"{self.split}-{self.seed}-{index}")
-            if example is not None and self.is_held_out(example) == (self.split == "held_out"):
+            if example is not None and self._belongs(example):
                 return example
+
+    def _belongs(self, example: SceneExample) -> bool:
+        return self.split == "any" or self.is_held_out(example) == (self.split == "held_out")
 
     def is_held_out(self, example: SceneExample) -> bool:
         """Whether the example is about a combination that training never shows."""
