@@ -256,12 +256,11 @@ class Progress:
         parts = [f"step {step}/{self._num_steps}"]
         if loss is not None:
             parts.append(f"loss {loss:.4f}")
-        for name, form in (
-            ("images_per_s", "{:.3g} images/s"),
-            ("tokens_per_s", "{:,.0f} tokens/s"),
-        ):
-            if name in figures:
-                parts.append(form.format(figures[name]))
+        if "images_per_s" in figures:
+            rate = figures["images_per_s"]
+            parts.append(f"{rate:,.0f} images/s" if rate >= 100 else f"{rate:.3g} images/s")
+        if "tokens_per_s" in figures:
+            parts.append(f"{figures['tokens_per_s']:,.0f} tokens/s")
         if "mfu" in figures:
             parts.append(f"MFU {figures['mfu']:.1%}")
         if figures.get("data_wait", 0) >= 0.01:
