@@ -116,18 +116,6 @@ def get_key(config: Any, key: str) -> Any:
     return functools.reduce(getattr, key.split("."), config)
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """One line `key: old → new` for every setting in which two dicts of `to_dict` differ."""
-    lines = []
-    for name in sorted({*old, *new}):
-        before, after = old.get(name, "(absent)"), new.get(name, "(absent)")
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            lines += differences(before, after, f"{prefix}{name}.")
-        elif before != after:
-            lines.append(f"{prefix}{name}: {json.dumps(before)} → {json.dumps(after)}")
-    return lines
-
-
 def _dotted(cls: type, values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """Dotted keys of nested dicts, as deep as the dataclasses go."""
     for name, value in values.items():

@@ -247,26 +247,32 @@ def parse(
       ValueError: an unknown key (the nearest valid one is named), a value of the wrong type or
         range, or a setting that has nothing to act on in this run.
     """
+    written = config.to_dict()
     values = config.to_dict()
     for key, text in settings:
         config_tree.set_key(values, key, config_tree.parse_value(TrainConfig, key, text))
     parsed = config_tree.from_dict(TrainConfig, values)
-    given = [key for key, _ in settings]
+    given = {key for key, _ in settings}
     for section, (setting, value) in SECTIONS.items():
-        chosen = getattr(parsed, setting)
-        default = TrainConfig.__dataclass_fields__[section].default_factory()
-        changed = [key for key in given if key.startswith(f"{section}.")]
-        if not changed:
-            differing = config_tree.differences(
-                config_tree.to_dict(default), config_tree.to_dict(getattr(parsed, section))
-            )
-            changed = [f"{section}.{line.split(':')[0]}" for line in differing]
-        if chosen != value and changed:
-            raise ValueError(
-                f"{changed[0]} is set, but {setting} is {chosen!r}; it acts with "
-                f"{setting}={value!r} only"
-            )
+        if getattr(parsed, setting) == value:
+            continue
+        default = config_tree.to_dict(TrainConfig.__dataclass_fields__[section].default_factory())
+        for name in default:
+            now = values.get(section, {}).get(name, default[name])
+            before = written.get(section, {}).get(name, default[name])
+            # A flag that only takes back what the file says is welcome.
+            is_idle = f"{section}.{name}" in given and _plain(before) == default[name]
+            if _plain(now) != default[name] or is_idle:
+                raise ValueError(
+                    f"{section}.{name} is set, but {setting} is {getattr(parsed, setting)!r}; it "
+                    f"acts with {setting}={value!r} only"
+                )
     return parsed
+
+
+def _plain(value: Any) -> Any:
+    """A value in JSON's types, tuples as lists."""
+    return config_tree.to_dict(value)
 
 
 def check_complete(config: TrainConfig) -> None:

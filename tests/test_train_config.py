@@ -187,6 +187,16 @@ def test_sections_check_themselves(make, message):
         make()
 
 
+def test_a_flag_may_take_back_what_does_not_apply(cli):
+    status, out, error = cli(
+        *("--config", ROOT / "configs" / "tiny.py", "--print-config"),
+        *("--config.objective=autoencoder", "--config.encoders="),
+        "--config.flow.timestep_mode=flux_linear",
+    )
+    assert status == 0, error
+    assert json.loads(out)["objective"] == "autoencoder"
+
+
 def test_a_cache_and_options_of_pictures_contradict(cli):
     status, _, error = cli(
         *("--config", ROOT / "configs" / "tiny.py", "--dry-run"),

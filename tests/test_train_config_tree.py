@@ -120,12 +120,3 @@ def test_all_unknown_keys_of_a_dict_are_named():
 def test_a_value_that_does_not_fit_is_refused(key, text, message):
     with pytest.raises(ValueError, match=message):
         config_tree.parse_value(Settings, key, text)
-
-
-def test_differences_name_each_setting():
-    old, new = config_tree.to_dict(Settings()), config_tree.to_dict(FULL)
-    lines = config_tree.differences(old, new)
-    assert "optimizer.clip_norm: 1.0 → null" in lines
-    assert "seed: 0 → 3" in lines
-    assert len(lines) == 8
-    assert not config_tree.differences(new, new)
