@@ -270,13 +270,6 @@ class Progress:
             parts.append(f"{duration(left_s)} left")
         return " · ".join(parts)
 
-    def say(self, line: str) -> None:
-        """Prints a line above the living one."""
-        if self._bar is not None:
-            self._bar.console.print(line, highlight=False, markup=False)
-        elif self._tell is not None:
-            self._tell(line)
-
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()

@@ -206,6 +206,12 @@ class TrainConfig:
                 "leave it at 'auto'"
             )
 
+        sample_guidance = self.eval.sample_guidance
+        if sample_guidance != EvalConfig.sample_guidance and not self.model.mmdit.guidance_embed:
+            raise ValueError(
+                f"eval.sample_guidance is {sample_guidance:g}, but {self.preset} takes no guidance"
+            )
+
     @property
     def model(self) -> Preset:
         return PRESETS[self.preset]

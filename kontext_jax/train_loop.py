@@ -150,10 +150,10 @@ def train(
             return mean_metrics(measured)
 
         def save(wait: bool) -> None:
+            journal.publish()  # first: lines beyond a checkpoint are cut, missing ones stay missing
             with speed.measure("save"):
                 data_state = {"batches": batches.state(), "metrics": journal.rows}
                 checkpoints.save(step, state, data_state, train_config.to_json(config), wait=wait)
-            journal.publish()
 
         reason = None
         while step < config.num_steps and reason is None:
@@ -183,7 +183,8 @@ def train(
                 journal.finish_running(batches.counts)
                 with speed.measure("sample"):
                     best = state.params if state.ema_params is None else state.ema_params
-                    examples = first_rows(held_out[0], _rows_of_process(config, mesh))
+                    shown = next((b for b in held_out if b.contexts), held_out[0])
+                    examples = first_rows(shown, _rows_of_process(config, mesh))
                     columns = feed.sample(best, frozen, examples)
                     journal.show(step, make_grid(columns, config.eval.sample_rows), examples)
             if is_due(step, config.checkpoint.every_steps) or ends:

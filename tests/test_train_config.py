@@ -159,6 +159,10 @@ def test_a_config_file_that_is_none(path, message, cli, monkeypatch):
             "kontext-base takes no guidance",
         ),
         (
+            {"preset": "kontext-base", "eval": EvalConfig(sample_guidance=3.5)},
+            "eval.sample_guidance is 3.5, but kontext-base takes no guidance",
+        ),
+        (
             {"objective": "autoencoder", "encoders": "x"},
             "encoders is 'x', but the objective autoencoder uses no frozen networks",
         ),

@@ -100,6 +100,15 @@ def test_progress_prints_now_and_then_and_at_the_end():
     assert lines[-1] == "step 100/100 · loss 0.5000 · 1.25 images/s · MFU 41.2%"
 
 
+def test_on_a_terminal_the_line_lives(capsys):
+    progress = metrics.Progress(10, 0, print, terminal=True)
+    progress.update(4, 0.25, {"images_per_s": 1234.0})
+    print("another line")
+    progress.close()
+    out = capsys.readouterr().out
+    assert "step 4/10 · loss 0.2500 · 1,234 images/s" in out and "another line" in out
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.2, "0 s"), (59.6, "1 min"), (3723, "1 h 2 min"), (90061, "1 d 1 h"), (86400, "1 d")],
