@@ -217,8 +217,9 @@ def kill_again_and_again(
             kill(process)
         _note_resumption(kills, run)
         _check_nothing_lost(run, before)
-        kills.append(Kill(moment, newest_of(run), bool(unfinished_of(run))))
-        tell(f"kill {len(kills)}: {moment}, newest {newest_of(run)}, begun {unfinished_of(run)}")
+        newest = newest_of(run)
+        kills.append(Kill(moment, newest, any(step > newest for step in unfinished_of(run))))
+        tell(f"kill {len(kills)}: {moment}, newest {newest}, unfinished {unfinished_of(run)}")
     status, output = command.finish(run)
     assert status == 0, output
     _note_resumption(kills, run)
@@ -439,30 +440,28 @@ def make_table(command: Command, folder: Path, num_kills: int, seed: int, tell) 
 
     kills = kill_again_and_again(command, killed, num_kills, seed, tell)
     rows = kill_rows(kills, _outcome(killed, unbroken))
+    return rows + single_faults(command, folder, unbroken, tell)
 
-    source = folder / "interrupted"
-    process = command.start(source)
-    try:
-        _wait_until(
-            process, lambda: len(step_folders.list_steps(source / "checkpoints")[0]) > 1, source
-        )
-    finally:
-        kill(process)
+
+def single_faults(command: Command, folder: Path, unbroken: Path, tell) -> list[Row]:
+    """The faults that are tried once, each in a run of its own."""
+    rows = []
+    source = folder / "interrupted"  # what the unbroken run would have left, ended before its last
+    shutil.copytree(unbroken, source)
+    shutil.rmtree(checkpoints_of(source) / str(newest_of(source)))
     for how in DAMAGES:
         tell(how)
         rows.append(damage_row(command, source, folder / how.replace(" ", "-"), unbroken, how))
-    tell("SIGTERM")
-    first = step_folders.list_steps(checkpoints_of(source))[0][0]
-    rows.append(terminate_row(command, folder / "terminated", unbroken, first))
     tell("changed setting")
     setting = "--config.optimizer.learning_rate=0.5"
     rows.append(changed_setting_row(command, source, folder / "changed", setting))
+    tell("SIGTERM")
+    rows.append(terminate_row(command, folder / "terminated", unbroken, at_step=1))
     tell("full disk")
     row = full_disk_row(command, folder / "full", unbroken, state_bytes_of(unbroken))
-    rows += [row] if row else []
     if row is None:
         tell("no file system may be mounted here: the full disk was left out")
-    return rows
+    return [*rows, row] if row else rows
 
 
 def train_command(num_steps: int, every_steps: int, *settings: str) -> Command:
