@@ -34,6 +34,7 @@ from kontext_jax.sharding import (
     process_share,
     state_shardings,
 )
+from kontext_jax.step_folders import CheckpointError, find_damage
 from kontext_jax.task_table import make_task
 from kontext_jax.train_config import TrainConfig
 from kontext_jax.training_checkpoints import Checkpoints, config_difference
@@ -85,8 +86,8 @@ def train(
         train_config.check_complete(config)
         run = epath.Path(workdir)
         checkpoints = stack.enter_context(_checkpoints(config, run, tell))
-        is_resumed = checkpoints.latest_step() is not None
-        if is_resumed:
+        latest = checkpoints.latest_step()
+        if latest is not None:
             check_same_run(run, config)
         mesh = make_mesh(config.mesh)
         check_batch_size(config, num_batch_shards(mesh))
@@ -106,7 +107,7 @@ def train(
         devices = Devices(mesh, _place(mesh), programs)
         init_key, run_key, eval_key = _keys(config.seed, devices)
         step, state, rows = 0, None, []
-        if is_resumed:
+        if latest is not None:
             restored = checkpoints.restore(abstract)
             step, state = restored.step, restored.state
             batches.restore(restored.data_state["batches"])
@@ -170,28 +171,31 @@ def train(
             reason = stop.after(step)
             checkpoints.check()
             ends = step == config.num_steps or reason is not None
-            if profile.ends_after(step) or ends:
+            evaluates = is_due(step, config.eval.every_steps)
+            samples = is_due(step, config.eval.sample_every_steps)
+            saves = is_due(step, config.checkpoint.every_steps) or ends
+            if evaluates or samples or saves or profile.ends_after(step):
                 journal.finish_running(batches.counts)
+            if ends or profile.ends_after(step):
                 profile.close()
-            if is_due(step, config.eval.every_steps):
-                journal.finish_running(batches.counts)
+            if evaluates:
                 with speed.measure("evaluate"):
                     journal.write("eval", step, evaluate(state.params))
                     if state.ema_params is not None:
                         journal.write("eval_ema", step, evaluate(state.ema_params))
-            if is_due(step, config.eval.sample_every_steps):
-                journal.finish_running(batches.counts)
+            if samples:
                 with speed.measure("sample"):
                     best = state.params if state.ema_params is None else state.ema_params
                     shown = next((b for b in held_out if b.contexts), held_out[0])
                     examples = first_rows(shown, _rows_of_process(config, mesh))
                     columns = feed.sample(best, frozen, examples)
                     journal.show(step, make_grid(columns, config.eval.sample_rows), examples)
-            if is_due(step, config.checkpoint.every_steps) or ends:
-                journal.finish_running(batches.counts)
+            if saves:
                 save(wait=ends)
         if reason is not None:
             tell(f"{reason}: stopped after step {step}, which is saved; start again to go on")
+        else:
+            tell(f"{run} is finished: step {step} of {config.num_steps} is saved")
     return step
 
 
@@ -228,6 +232,9 @@ def dry_run(
     if latest is None:
         tell(f"{run}: a new run")
     else:
+        folder = run / CHECKPOINTS / str(latest)
+        if damage := find_damage(folder, check_contents=False):
+            raise CheckpointError("\n  ".join([f"{folder} is damaged:", *damage]))
         tell(f"{run}: goes on from step {latest}")
     tell("all is well; nothing was compiled")
 

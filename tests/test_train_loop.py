@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -154,8 +155,9 @@ def test_sigterm_saves_and_ends_in_order(unbroken, tmp_path):
 
 
 def test_a_finished_run_is_left_alone(unbroken):
-    before = (unbroken[0] / metrics.FILE).read_text()
-    assert train(small_config(), unbroken[0]) == 12
+    before, lines = (unbroken[0] / metrics.FILE).read_text(), []
+    assert train(small_config(), unbroken[0], lines.append) == 12
+    assert lines[-1] == f"{unbroken[0]} is finished: step 12 of 12 is saved"
     assert (unbroken[0] / metrics.FILE).read_text() == before
 
 
@@ -241,6 +243,18 @@ def test_what_does_not_fit_is_said_before_any_work(section, changes, message, tm
         with pytest.raises((ValueError, OSError), match=message):
             attempt(config, str(tmp_path), open_weights=no_weights, tell=lambda line: None)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_dry_run_finds_a_checkpoint_cut_short(unbroken, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(unbroken[0], run)
+    files = [path for path in (run / "checkpoints" / "12").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    with pytest.raises(OSError, match=f"is damaged:\n  .*{largest.name}"):
+        train_loop.dry_run(
+            small_config(), str(run), open_weights=no_weights, tell=lambda line: None
+        )
 
 
 def test_a_dry_run_tells_what_would_run(tmp_path):
