@@ -73,10 +73,15 @@ def join_detected() -> None:
     """Joins the other processes where SLURM, Open MPI or a TPU pod has started several.
 
     Raises:
-      ValueError: they do not find each other.
+      ValueError: they do not find each other, or the devices are part of more than was noticed.
     """
     if in_cluster(os.environ):
         join("auto", None, None)
+    elif (count := jax.process_count()) > 1:
+        raise ValueError(
+            f"the devices here belong to {count} processes, which nothing told this one to join; "
+            "start all of them with --coordinator auto"
+        )
 
 
 def from_first(text: str) -> str:
