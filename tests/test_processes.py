@@ -30,7 +30,7 @@ def test_a_part_of_a_pod_does_not_run_alone(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     processes.join_detected()  # alone
     monkeypatch.setattr(jax, "process_count", lambda: 16)
-    with pytest.raises(ValueError, match="belong to 16 processes.*--coordinator auto"):
+    with pytest.raises(ValueError, match=r"belong to 16 processes.*--coordinator auto"):
         processes.join_detected()
 
 
