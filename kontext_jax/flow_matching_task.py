@@ -19,6 +19,7 @@ from kontext_jax.models.mmdit import Conditioning, MMDiT, init_params, make_velo
 from kontext_jax.models.presets import PRESETS, Preset
 from kontext_jax.objectives.base import TokenBatch, num_samples
 from kontext_jax.objectives.flow_matching import make_flow_matching
+from kontext_jax.ops.attention import Backend, backend_for
 from kontext_jax.optimizer import make_optimizer, make_schedule
 from kontext_jax.sampler import euler_sample, initial_noise
 from kontext_jax.sharding import batch_shardings, shard_batch
@@ -45,7 +46,7 @@ class FlowMatchingTask:
         self._model = MMDiT(
             mmdit,
             dtype=self._dtype,
-            attention_backend=config.attention_backend,
+            attention_backend=_named_backend(config),
             remat=config.remat,
         )
         self.sources = [f"transformer: {start.source if start else 'drawn afresh'}"]
@@ -228,6 +229,14 @@ class TokenFeed:
 
 def _conditioning(batch: TokenBatch, guidance: jax.Array | None) -> Conditioning:
     return Conditioning(batch.txt, batch.vec, guidance, batch.ctx, batch.pe)
+
+
+def _named_backend(config: TrainConfig) -> Backend:
+    """The backend that "auto" means here: else every platform's would be differentiated."""
+    if config.attention_backend != "auto":
+        return config.attention_backend
+    platform = jax.default_backend()
+    return backend_for(platform, config.model.mmdit.head_dim, DTYPES[config.dtype])
 
 
 def _open_encoders(

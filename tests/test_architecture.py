@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ENTRY_POINTS = {"sample.py", "train.py", "encode.py"}
+ENTRY_POINTS = {"sample.py", "train.py", "encode.py", "edits.py"}
 
 # Rooms from the ground up; a room imports from rooms on lower floors, or on its own.
 FLOORS = {
@@ -17,6 +17,7 @@ FLOORS = {
         "numerics",
         "compiling",
         "sharding",
+        "hlo",
         "config_tree",
         "metrics",
         "processes",
@@ -52,7 +53,7 @@ FLOORS = {
         "sample_grid",
     ),
     5: ("pipeline", "training_tasks", "training_data"),
-    6: ("runs", "training_journal", "flow_matching_task", "autoencoder_task"),
+    6: ("evaluation", "runs", "training_journal", "flow_matching_task", "autoencoder_task"),
     7: ("task_table",),
     8: ("train_loop",),
 }
