@@ -374,17 +374,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sheet", type=int, default=24, help="edits on the contact sheet")
     args = parser.parse_args(argv)
 
-    from kontext_jax.checkpoint import open_bundle
+    from convert_weights.runs import open_weights
+    from kontext_jax import compiling
     from kontext_jax.images import write_png
     from kontext_jax.stages import Stages
-    from kontext_jax.training_bundle import is_run, training_bundle
 
-    is_a_run = is_run(args.weights)
-    bundle = (
-        training_bundle(args.weights, open_weights=open_bundle)
-        if is_a_run
-        else open_bundle(args.weights)
-    )
+    compiling.keep_compiled_programs(compiling.default_cache_dir())
+    bundle = open_weights(args.weights)
     print(bundle.source, file=sys.stderr)
     world = WORLDS[args.world]
     model = Model(Stages(bundle), args.steps, args.seed)
