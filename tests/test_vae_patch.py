@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from convert_weights.tables import vae as vae_table
 from kontext_jax.models.presets import VAEConfig
 from kontext_jax.models.vae import VAE, fold_patches, unfold_patches
 from kontext_jax.models.vae_tiling import decode_tiled, encode_tiled, vae_peak_bytes
@@ -73,3 +74,8 @@ def test_patches_spare_the_memory_of_full_resolution():
     assert vae_peak_bytes(FOLDED, 256, 256, jnp.float32) * 8 < vae_peak_bytes(
         whole, 256, 256, jnp.float32
     )
+
+
+def test_patches_have_no_published_layout():
+    with pytest.raises(ValueError, match="folds patches of 4×4 pixels"):
+        vae_table.rows(FOLDED)

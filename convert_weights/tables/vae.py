@@ -161,7 +161,16 @@ def _decoder(config: VAEConfig, widths: list[int]) -> list[Row]:
 
 
 def rows(config: VAEConfig) -> list[Row]:
-    """The autoencoder's table for its levels and blocks."""
+    """The autoencoder's table for its levels and blocks.
+
+    Raises:
+      ValueError: it folds patches, which no published layout has.
+    """
+    if config.patch != 1:
+        raise ValueError(
+            f"the autoencoder folds patches of {config.patch}×{config.patch} pixels; published "
+            "layouts have none (patch 1), so its weights stay in ours"
+        )
     widths = [config.ch * m for m in config.ch_mult]
     return [
         *_ends("encoder", (config.in_channels, config.ch), (widths[-1], 2 * config.z_channels)),
