@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from kontext_jax import metrics, processes
 
@@ -24,13 +25,16 @@ SETTINGS = (
     *("--config.data.sources", "scenes:easy:train:32", "--config.data.buckets", "32x32"),
     *("--config.data.fraction_with_references", "1.0"),
     *("--config.eval.sources", "scenes:easy:seen:8", "--config.eval.num_batches", "1"),
-    *("--config.eval.sample_every_steps", "0", "--config.log.tensorboard", "false"),
+    *("--config.eval.sample_rows", "4", "--config.log.tensorboard", "false"),
     *("--config.log.print_every_s", "0"),
 )
-REAL = ("train.py", "--config.num_steps=6", "--config.eval.every_steps=3")
+REAL = (
+    *("train.py", "--config.num_steps=6", "--config.eval.every_steps=3"),
+    "--config.eval.sample_every_steps=6",
+)
 LIGHT = (
     *("tests/light_run.py", "--config.num_steps=40", "--config.eval.every_steps=20"),
-    "--config.checkpoint.every_steps=5",
+    *("--config.checkpoint.every_steps=5", "--config.eval.sample_every_steps=0"),
 )
 KINDS = ("train", "eval", "eval_ema")
 NOTICED_WITHIN_S = processes.HEARTBEAT_TIMEOUT_S + 60  # this machine may be busy
@@ -98,6 +102,10 @@ def test_two_processes_compute_what_one_does(num_devices, real_pair, tmp_path, c
     ours, theirs = losses(real_pair), losses(tmp_path)
     assert len(ours) == 6 + 4
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    grids = [
+        np.asarray(Image.open(run / "samples" / "6.png"), int) for run in (real_pair, tmp_path)
+    ]
+    assert abs(grids[0] - grids[1]).max() <= 1  # rounding to bytes
     print(f"largest relative difference {max(abs(np.divide(ours, theirs) - 1)):.1e}")
 
 
