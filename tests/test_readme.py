@@ -45,12 +45,12 @@ def write_published_weights(folder: Path) -> None:
 
 def test_the_readme_has_commands_of_each_program():
     programs = {" ".join(c.split()[:3]) if "-m" in c else c.split()[1] for c in readme_commands()}
-    assert {"sample.py", "python -m convert_weights"} <= programs
+    assert {"sample.py", "train.py", "python -m convert_weights"} <= programs
 
 
 @pytest.mark.slow
 def test_readme_commands_run(tmp_path):
-    for name in ("sample.py", "convert_weights", "kontext_jax"):
+    for name in ("sample.py", "train.py", "configs", "convert_weights", "kontext_jax"):
         (tmp_path / name).symlink_to(ROOT / name)
     for name in ("bin", "outputs"):
         (tmp_path / name).mkdir()
