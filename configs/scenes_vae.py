@@ -2,9 +2,9 @@
 
     python train.py --config configs/scenes_vae.py
 
-First of three steps to a small Kontext that edits drawn scenes; docs/learning.md has the others, the
-time they took and their figures. The network is FLUX's with two levels of 48 channels behind 4×4
-patches (0.5 million parameters); it learns from pictures of up to nine objects, and by squared
+First of three steps to a small Kontext that edits drawn scenes; docs/learning.md has the others,
+the time they took and their figures. The network is FLUX's with two levels of 48 channels behind
+4×4 patches (0.5 million parameters); it learns from pictures of up to nine objects, and by squared
 error more than by absolute error, which settles the colours of backgrounds late.
 """
 

@@ -6,9 +6,9 @@ Reproduces nothing: 30 steps of a 2-million-parameter transformer on 64-pixel sc
 encoders in front of it. Every part of a large run is there: editing and text to image in one run,
 checkpoints, held-out loss, sample grids, going on after an interruption.
 
-Hardware: any. On two CPU cores 77 s of CPU time the first time, nearly all of it compiling, and 20 s
-once the programs are kept (measured). Expect: a held-out loss (`eval`) below 0.8 of that at step 15,
-and pictures that mean nothing, since the autoencoder is untrained.
+Hardware: any. On two CPU cores 77 s of CPU time the first time, nearly all of it compiling, and
+20 s once the programs are kept (measured). Expect: a held-out loss (`eval`) below 0.8 of that at
+step 15, and pictures that mean nothing, since the autoencoder is untrained.
 """
 
 from kontext_jax.data.config import DataConfig
