@@ -45,7 +45,7 @@ from kontext_jax.tokenizing import TextIds
 from kontext_jax.train_config import TrainConfig
 from kontext_jax.train_loop import abstract_state
 
-LARGE_BYTES = 2**26  # collectives of less, of all that is one kind and dtype, are activations
+ACTIVATIONS = 0.01  # share of the traffic below which a kind of collective is not of parameters
 
 
 def load_config(path: Path, settings: list[tuple[str, str]]) -> TrainConfig:
@@ -176,12 +176,13 @@ def compile_encoders(config: TrainConfig, mesh, size, num_references: int) -> di
 def dtype_failures(step: dict[str, Any], dtype: str) -> list[str]:
     """What of the parameters and gradients travels in the wrong dtype."""
     short = {"bfloat16": "bf16", "float32": "f32"}
+    total = sum(row["full_bytes"] for row in step["collectives"])
     wanted = {"all-gather": short[dtype], "reduce-scatter": "f32", "all-reduce": "f32"}
     return [
         f"{row['full_bytes'] / GIB:.2f} GiB of {row['kind']} in {row['dtype']}, expected {right}"
         for row in step["collectives"]
         if (right := wanted.get(row["kind"])) and right != row["dtype"]
-        and row["full_bytes"] > LARGE_BYTES
+        and row["full_bytes"] > ACTIVATIONS * total
     ]  # fmt: skip
 
 

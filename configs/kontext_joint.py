@@ -9,9 +9,10 @@ sequence axis, reference i at positions (i, row, column); "starting from a text-
 we jointly fine-tune on image-to-image and text-to-image". How often each came was not published:
 half and half here (data.fraction_with_references). Every step is of one kind on all devices.
 
-Hardware: TPU v5p, 64 chips or a multiple. State: 11.1 GiB on each chip with fsdp 16 (computed by
---dry-run); the whole step by the compiler: benchmarks/aot.py. At an assumed 40 % of the peak an
-editing example at 1024² takes a chip 2.7 s (495 TFLOP), one from text 1.2 s; not measured.
+Hardware: TPU v5p, 64 chips or a multiple. State: 5.6 GiB on each chip with fsdp 32; a step with
+1024² pairs needs 36.9 GiB of it, by the TPU's compiler (benchmarks/aot_train.py), whose own
+estimate is 1.9 s a pair and chip. At an assumed 40 % of the peak an editing example at 1024² takes
+a chip 2.7 s (495 TFLOP), one from text 1.2 s; not measured.
 Expect: the loss of editing steps below that of text to image (`loss_edit`, `loss_t2i`) at once,
 since most of a picture is in its reference; `loss_t2i` not above that of the checkpoint.
 """
@@ -33,11 +34,12 @@ def get_config():
             num_steps=100_000,
             batch_size=256,
             accumulate_steps=4,
+            remat="save_qkv",
             ema_decay=0.9999,
             flow=FlowMatchingConfig(timestep_mode="flux_linear", text_dropout=0.1),
             optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=1000),
             data=DataConfig(sources=(REQUIRED,), fraction_with_references=0.5, workers=16),
-            mesh=MeshConfig(data=-1, fsdp=16),
+            mesh=MeshConfig(data=-1, fsdp=32),
             checkpoint=CheckpointConfig(every_steps=1000, keep_every=20_000),
             log=LogConfig(every_steps=10),
         )

@@ -248,8 +248,9 @@ class Modulation(nn.Module):
     layer, without the axis N).
 
     On a mesh each device multiplies the rows of its neighbours along `fsdp` with its own part of
-    the kernel, and the float32 sums travel: gathering the kernels, a quarter of the network, would
-    take gigabytes for a product with a handful of rows.
+    the kernel, and the sums travel: gathering the kernels, a quarter of the network, would take
+    gigabytes for a product with a handful of rows. (Asked for in float32, they are rounded to
+    bfloat16 before they are added by the TPU's compiler, since what follows rounds them anyway.)
     """
 
     num_layers: int | None
