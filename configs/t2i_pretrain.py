@@ -10,9 +10,10 @@ Data, length and batch were never published; those here are ours. FLUX.1 itself 
 pictures: --config.data.resolution=256, then 512, then 1024, each with --config.weights=RUN of the
 one before.
 
-Hardware: TPU v5p, 64 chips or a multiple (fsdp 16; further chips hold copies and more data).
-State: 11.1 GiB on each chip (computed by --dry-run). At an assumed 40 % of the peak, one 1024²
-picture takes a chip 1.2 s (222 TFLOP), so 256 on 64 chips take 5 s; not measured.
+Hardware: TPU v5p, 64 chips or a multiple (fsdp 32; further chips hold copies and more data).
+State: 5.6 GiB on each chip; a step with 1024² pictures needs 32.1 GiB of it, by the TPU's compiler
+(benchmarks/aot_train.py), whose own estimate is 0.8 s a picture and chip. At an assumed 40 % of the
+peak it takes a chip 1.2 s (222 TFLOP), so 256 on 64 chips take 5 s; not measured.
 Expect: the loss over the Gaussian floor below 1 in the bins of small t within some thousand steps;
 no picture quality is claimed for any number of steps.
 """
@@ -33,11 +34,12 @@ def get_config():
             num_steps=500_000,
             batch_size=256,
             accumulate_steps=4,
+            remat="save_products",
             ema_decay=0.9999,
             flow=FlowMatchingConfig(timestep_mode="flux_linear", text_dropout=0.1),
             optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=3000),
             data=DataConfig(sources=(REQUIRED,), fraction_with_references=0.0, workers=16),
-            mesh=MeshConfig(data=-1, fsdp=16),
+            mesh=MeshConfig(data=-1, fsdp=32),
             checkpoint=CheckpointConfig(every_steps=1000, keep_every=50_000),
             log=LogConfig(every_steps=10),
         )
