@@ -365,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Edits procedural scenes and grades the results.",
     )
     parser.add_argument("--weights", required=True, help="a run's folder or a weight directory")
-    parser.add_argument("--world", default="easy", choices=sorted(WORLDS))
+    parser.add_argument("--world", default="easy", choices=("easy", "full"))
     parser.add_argument("--num", type=int, default=500, help="edits of each split")
     parser.add_argument("--steps", type=int, default=20, help="Euler steps")
     parser.add_argument("--cfg", type=float, default=2.5, help="scale of the guided row; 1: none")
@@ -373,6 +373,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", default="", help="folder for edits.json, edits.md and edits.png")
     parser.add_argument("--sheet", type=int, default=24, help="edits on the contact sheet")
     args = parser.parse_args(argv)
+    if args.num < 20:
+        parser.error(f"--num is {args.num}; rates of fewer than 20 edits say nothing")
 
     from convert_weights.runs import open_weights
     from kontext_jax import compiling
