@@ -20,7 +20,7 @@ def get_config():
         TrainConfig(
             preset="tiny-scenes",
             encoders="runs/scenes_encoders",
-            num_steps=2000,
+            num_steps=2500,
             batch_size=64,
             dtype="float32",
             remat="none",
