@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kontext_jax.ops import attention as attention_module
-from kontext_jax.ops.attention import attention, splash_blocks
+from kontext_jax.ops.attention import attention, backend_for, splash_blocks
 
 
 @pytest.fixture(autouse=True)
@@ -126,6 +126,20 @@ def test_backends_without_bias_and_mask_say_so(backend, given):
 def test_cudnn_says_what_it_cannot_take(head_dim, dtype, message):
     with pytest.raises(NotImplementedError, match=message):
         attention(*random_qkv(head_dim=head_dim, dtype=dtype), backend="cudnn")
+
+
+@pytest.mark.parametrize(
+    ("platform", "head_dim", "dtype", "backend"),
+    [
+        ("tpu", 128, jnp.bfloat16, "splash"),
+        ("tpu", 64, jnp.bfloat16, "chunked"),
+        ("gpu", 128, jnp.bfloat16, "cudnn"),
+        ("cuda", 128, jnp.float32, "chunked"),
+        ("cpu", 128, jnp.bfloat16, "chunked"),
+    ],
+)
+def test_a_platform_has_a_backend_by_name(platform, head_dim, dtype, backend):
+    assert backend_for(platform, head_dim, dtype) == backend
 
 
 def test_splash_refuses_unequal_lengths():
