@@ -393,11 +393,10 @@ def full_disk_row(command: Command, run: Path, unbroken: Path, state_bytes: int)
     Returns:
       None where no file system may be mounted.
     """
-    disk = run.parent / f"{run.name}-disk"
+    disk = checkpoints_of(run)  # and the log elsewhere, so that it can be read
     with small_disk(disk, 5 * state_bytes) as is_mounted:
         if not is_mounted:
             return None
-        run = disk / "run"
         process = command.start(run)
         try:
             _wait_until(process, lambda: newest_of(run) > 0 and any(unfinished_of(run)), run)
