@@ -6,8 +6,13 @@ pass because torch or the reference data was missing.
 
 import dataclasses
 
+import hypothesis
 import numpy as np
 import pytest
+
+# How long an example takes is no property of ours, and depends on what else the machine does.
+hypothesis.settings.register_profile("kontext_jax", deadline=None)
+hypothesis.settings.load_profile("kontext_jax")
 
 
 def pytest_addoption(parser):

@@ -92,6 +92,7 @@ def learnt():
     return rows, before, mean_metrics([evaluate(state.params, {}, batch, key)])
 
 
+@pytest.mark.slow
 def test_eight_pictures_are_learnt(learnt):
     rows, before, after = learnt
     print(f"loss {before['loss']:.0f} → {after['loss']:.0f}, PSNR {after['psnr']:.1f} dB")
@@ -100,6 +101,7 @@ def test_eight_pictures_are_learnt(learnt):
     assert all(np.isfinite(row["grad_norm"]) for row in rows)
 
 
+@pytest.mark.slow
 def test_the_logged_terms_make_up_the_loss(learnt):
     _, before, _ = learnt
     values, latents = 64 * 64 * 3, 8 * 8 * 16

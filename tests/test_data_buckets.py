@@ -94,7 +94,7 @@ def test_what_is_kept_has_the_ratio_of_the_bucket_and_touches_two_edges(width, h
     assert np.isclose(max(right - left, bottom - top), 1)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.integers(40, 160),
     st.integers(40, 160),

@@ -32,7 +32,7 @@ def make_plan(kinds_of_examples, fraction=1.0, **options) -> Plan:
     return Plan(kinds_of_examples, KINDS, fraction_with_references=fraction, **options)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes_of_kinds, st.integers(1, 9), seeds, st.integers(1, 4))
 def test_every_example_appears_once_an_epoch_counting_what_is_carried_over(
     counts, batch_size, seed, epochs
@@ -56,7 +56,7 @@ def test_every_example_appears_once_an_epoch_counting_what_is_carried_over(
             assert max(pending, default=0) - min(pending, default=0) <= 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seeds, st.floats(0.1, 0.9), st.integers(0, 200), st.lists(st.integers(0, 60), max_size=8))
 def test_any_step_is_the_same_again_in_any_order_and_in_another_process(
     seed, fraction, start, later

@@ -35,7 +35,7 @@ def test_mu_is_the_published_line():
     assert flow.timestep_mu(8192) > 1.8  # not clamped
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(num_steps=st.integers(1, 60), mu=st.one_of(st.none(), st.floats(-1, 2)))
 def test_schedules_fall_from_one_to_zero(num_steps, mu):
     timesteps = flow.timestep_schedule(num_steps, mu)

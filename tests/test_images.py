@@ -154,7 +154,7 @@ def test_float_pictures_are_refused(tmp_path):
         images.load_picture(path)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 400), st.integers(0, 255), st.integers(0, 400))
 def test_damaged_bytes_never_raise_anything_else(position, value, cut):
     data = bytearray(whole_png()[: 12_000 - cut])

@@ -19,7 +19,7 @@ def test_packing_puts_channels_slowest():
     np.testing.assert_array_equal(tokens[0, 0], first.transpose(2, 0, 1).ravel())
 
 
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5), st.integers(1, 4))
 def test_unpacking_inverts_packing(batch, rows, columns, channels):
     shape = batch, 2 * rows, 2 * columns, channels

@@ -194,7 +194,7 @@ def plain_pipeline(torch_models):
 SIDES = st.integers(16, 3000)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     picture=st.tuples(SIDES, SIDES),
     asked=st.tuples(SIDES, SIDES),
@@ -217,7 +217,7 @@ def test_sizes_are_those_of_diffusers(
     assert [fit.size for fit in ours.references] == [reference]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(picture=st.tuples(SIDES, SIDES))
 def test_bfl_sizes_are_those_of_diffusers_without_its_flooring(
     plain_pipeline, torch_models, picture
