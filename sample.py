@@ -2,11 +2,12 @@
 
 import argparse
 import dataclasses
-import difflib
 import math
 import os
 import sys
 from pathlib import Path
+
+from kontext_jax.command_line import Parser
 
 DEMO_IMAGE = "example:cat"
 DEMO_PROMPT = "Give the cat a small red bow tie"
@@ -27,18 +28,6 @@ relative to the jobs file.
 """
 # Flag → field of SampleRequest, where they differ.
 FIELD_OF_FLAG = {"image": "images", "steps": "num_steps", "true_cfg": "true_cfg_scale"}
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong flag in one line, with the nearest right one."""
-
-    def error(self, message):
-        if message.startswith("unrecognized arguments:"):
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            word = message.split()[2].split("=")[0]
-            if near := difflib.get_close_matches(word, flags, n=1):
-                message += f" (did you mean {near[0]}?)"
-        self.exit(2, f"error: {message}; see --help\n")
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from kontext_jax.command_line import Parser
+
 RUNS = Path("runs")
 SETTING = "--config."
 EPILOG = """examples:
@@ -20,18 +22,6 @@ every machine under SLURM, Open MPI and on TPU pods with --coordinator auto.
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong flag in one line, with the nearest right one."""
-
-    def error(self, message):
-        if message.startswith("unrecognized arguments:"):
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            word = message.split()[2].split("=")[0]
-            if near := difflib.get_close_matches(word, [*flags, SETTING], n=1):
-                message += f" (did you mean {near[0]}?)"
-        self.exit(2, f"error: {message}; see --help\n")
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="train.py",
@@ -39,6 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        prefixes=(SETTING,),
     )
     parser.add_argument("--config", required=True, metavar="FILE.py", help="see configs/")
     parser.add_argument(

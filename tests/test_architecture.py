@@ -22,6 +22,7 @@ FLOORS = {
         "metrics",
         "processes",
         "checksums",
+        "command_line",
     ),
     1: ("ops", "latents", "flow", "tensor_files", "step_folders"),
     2: (
