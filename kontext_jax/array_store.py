@@ -8,6 +8,7 @@ decide, not those that wrote. Every process of a run calls these functions alike
 from __future__ import annotations
 
 import functools
+import logging
 import warnings
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -32,6 +33,11 @@ class Saving(Protocol):
 def _orbax():
     from orbax.checkpoint import v1  # imported late: it takes a second
 
+    # Each of its threads logs the traceback of an error that it raises as well, a thousand lines
+    # for a full disk; what `Saving.result` raises says it once.
+    logging.getLogger("absl").addFilter(
+        lambda record: "_SignalingThread.run() raised an exception" not in str(record.msg)
+    )
     return v1
 
 

@@ -32,6 +32,7 @@ from kontext_jax.step_folders import ARRAYS, CONFIG, DATA_STATE, MANIFEST, Check
 ITEMS = ("params", "ema_params", "opt_state")  # fields of the state that are items of their own
 REST = "rest"
 POLL_S = 0.2
+GIVE_UP_TRIES = 10
 OTHERS_TIMEOUT_S = 1200
 
 
@@ -213,7 +214,7 @@ class Checkpoints:
         try:
             saving = array_store.save_async(folder / ARRAYS, items)
         except Exception as error:  # Orbax and TensorStore have no common class of errors
-            step_folders.remove(folder)
+            self._give_up(folder)
             self._fail(step, nbytes, _first_line(error))
             return
         self._thread = threading.Thread(
@@ -267,8 +268,7 @@ class Checkpoints:
             saving.result()
             self._commit(step, folder)
         except Exception as error:
-            if jax.process_index() == 0:
-                step_folders.remove(folder)
+            self._give_up(folder)
             try:
                 self._fail(step, nbytes, _first_line(error), raise_now=False)
             except OSError as second:
@@ -279,6 +279,13 @@ class Checkpoints:
                 self._delete_old(step)
             except OSError as error:
                 self._tell(f"WARNING: step {step} is saved, but older ones cannot go: {error}")
+
+    def _give_up(self, folder: epath.Path) -> None:
+        """Removes what a failed save has written, and what its other threads still write."""
+        if jax.process_index() == 0:
+            for _ in range(GIVE_UP_TRIES):
+                step_folders.remove(folder)
+                time.sleep(POLL_S)
 
     def _commit(self, step: int, folder: epath.Path) -> None:
         """Writes the manifest, each process having looked at the files that it wrote."""
@@ -441,7 +448,8 @@ def _with_items(leaves: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) < 400 else f"{line[:180]} … {line[-180:]}"  # the reason comes last
 
 
 def _writer_of(name: str, num_processes: int) -> int:

@@ -262,6 +262,7 @@ def test_write_that_fails_halfway_leaves_earlier_checkpoints_whole(tmp_path, on_
     assert ("went on" in output) == (on_failed_save == "continue")
     assert "checkpoint of step 2 could not be written" in output
     assert "whole checkpoints there: 1." in output
+    assert output.count("Traceback") == (on_failed_save == "stop")  # Orbax's threads say it too
     assert steps_in(tmp_path) == ["1"]
     assert not step_folders.find_damage(epath.Path(tmp_path) / "1")
 
