@@ -487,6 +487,10 @@ What a training run survives, shown by `python tools/fault_table.py`: an unbroke
 ({steps} steps, a checkpoint of {megabytes:.0f} MB every {every}) is the measure; {kills} kills in
 one other run, and each single fault below, had to end with the same state.
 
+What is wrong with the data (a picture that cannot be read, an empty text, a missing reference, a
+pair of different shapes) is skipped and counted or stops the run, as `data.on_bad_sample` says:
+[data.md](data.md), `tests/test_data_loader.py`.
+
 | fault | what happened | in the end |
 |---|---|---|
 """
