@@ -259,14 +259,14 @@ def largest_file(folder: Path) -> Path:
 
 
 def damage_newest(run: Path, how: str) -> str:
-    """Damages the newest checkpoint; what its folder will be called afterwards."""
+    """Damages the newest checkpoint; what becomes of its folder."""
     newest = checkpoints_of(run) / str(newest_of(run))
     if how == "missing manifest":
         (newest / step_folders.MANIFEST).unlink()
-        return f"{newest.name} (never finished)"
+        return "it counts as never finished"
     actions = {"flipped bit": flip_bit, "truncated file": truncate, "missing file": Path.unlink}
     actions[how](largest_file(newest))
-    return f"{newest.name}.damaged"
+    return f"its folder became `{newest.name}.damaged`"
 
 
 DAMAGES = ("flipped bit", "truncated file", "missing file", "missing manifest")
@@ -336,16 +336,16 @@ def kill_rows(kills: Sequence[Kill], outcome: str) -> list[Row]:
 def damage_row(command: Command, source: Path, run: Path, unbroken: Path, how: str) -> Row:
     """Damages the newest checkpoint of a copy of `source`, an interrupted run, and goes on."""
     shutil.copytree(source, run)
-    newest, name = newest_of(run), damage_newest(run, how)
+    newest, fate = newest_of(run), damage_newest(run, how)
     status, output = command.finish(run)
     assert status == 0, output
     found = RESUMED.search(output)
     assert found and int(found[1]) < newest, output
     warning = next(line for line in output.splitlines() if "WARNING" in line)
     assert str(newest) in warning, output
-    if name.endswith(".damaged"):
-        assert (checkpoints_of(run) / name).is_dir()
-    what = f"told; went on from step {found[1]} instead of {newest}; the folder became `{name}`"
+    if how != "missing manifest":
+        assert (checkpoints_of(run) / f"{newest}.damaged").is_dir()
+    what = f"told; went on from step {found[1]} instead of {newest}; {fate}"
     return Row(f"{how} in the newest checkpoint", what, _outcome(run, unbroken))
 
 
@@ -484,8 +484,8 @@ What a training run survives, shown by `python tools/fault_table.py`: an unbroke
 
     {command}
 
-({steps} steps, a checkpoint of {megabytes:.0f} MB every {every}) is the measure; {kills} kills in
-one other run, and each single fault below, had to end with the same state.
+({steps} steps, a checkpoint of {megabytes:.0f} MB every {every}) is the measure. {kills} kills in
+one other run, and each single fault below in a run of its own, had to end with the same state.
 
 What is wrong with the data (a picture that cannot be read, an empty text, a missing reference, a
 pair of different shapes) is skipped and counted or stops the run, as `data.on_bad_sample` says:
