@@ -25,7 +25,7 @@ from kontext_jax.data.encoded_folder import (
     read_null_text,
 )
 from kontext_jax.data.encoded_records import CacheError, SampleEntry, Shard, shard_paths
-from kontext_jax.data.plan import Plan, PlannedBatch, sample_places
+from kontext_jax.data.plan import Plan, PlannedBatch, resumed_step, sample_places
 
 _MAX_OPEN_SHARDS = 256  # below the usual limits of open files
 
@@ -215,21 +215,11 @@ class CachedBatches:
         return {"step": self._step, **self._facts}
 
     def restore(self, state: dict[str, Any]) -> None:
-        differences = [
-            f"{name} was {state.get(name)}, now {value}"
-            for name, value in self._facts.items()
-            if state.get(name) != value
-        ]
-        if differences or not isinstance(state.get("step"), int):
-            raise ValueError(
-                "the order of these encoded samples is not that of the run to go on with: "
-                f"{'; '.join(differences) or 'it has no step'}. Go back to what it was, or start a "
-                "new run from the weights"
-            )
+        step = resumed_step(state, self._facts, "these encoded samples")
         for future in self._ready:
             future.cancel()
         self._ready.clear()
-        self._step = state["step"]
+        self._step = step
 
     def close(self) -> None:
         self._makers.shutdown(cancel_futures=True)

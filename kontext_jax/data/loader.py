@@ -18,7 +18,7 @@ from kontext_jax.data.batches import ImageBatch
 from kontext_jax.data.config import DataConfig
 from kontext_jax.data.dataset import Dataset, is_bad, open_dataset
 from kontext_jax.data.examples import BadSample, Example
-from kontext_jax.data.plan import Plan, PlannedBatch, sample_places
+from kontext_jax.data.plan import Plan, PlannedBatch, resumed_step, sample_places
 from kontext_jax.data.transforms import fit_pictures, names_a_side
 from kontext_jax.images import quiet_pillow
 
@@ -198,19 +198,9 @@ class Loader:
         return {"step": self._step, **self._facts}
 
     def restore(self, state: dict[str, Any]) -> None:
-        differences = [
-            f"{name} was {state.get(name)}, now {value}"
-            for name, value in self._facts.items()
-            if state.get(name) != value
-        ]
-        if differences or not isinstance(state.get("step"), int):
-            raise ValueError(
-                "the order of this data is not that of the run to go on with: "
-                f"{'; '.join(differences) or 'it has no step'}. Go back to what it was, or start a "
-                "new run from the weights"
-            )
+        step = resumed_step(state, self._facts, "this data")
         self.close()
-        self._step = state["step"]
+        self._step = step
 
     def close(self) -> None:
         if self._rows is not None:

@@ -13,7 +13,8 @@ import dataclasses
 import hashlib
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -265,3 +266,26 @@ def _uniform(*words) -> float:
 def sample_places(seed: int, step: int, row: int) -> tuple[float, float, float]:
     """Three numbers in [0, 1) for one example of a global batch: its crop and its flip."""
     return tuple((_raw(3, seed, "place", step, row) >> np.uint64(11)) * 2.0**-53)
+
+
+def resumed_step(state: Mapping[str, Any], facts: Mapping[str, Any], examples: str) -> int:
+    """The step in a saved position, whose order must be that of `facts`.
+
+    Args:
+      examples: what is read, for the message.
+
+    Raises:
+      ValueError: the order is another, all differences listed, or there is no step.
+    """
+    differences = [
+        f"{name} was {state.get(name)}, now {value}"
+        for name, value in facts.items()
+        if state.get(name) != value
+    ]
+    if differences or not isinstance(state.get("step"), int):
+        raise ValueError(
+            f"the order of {examples} is not that of the run to go on with: "
+            f"{'; '.join(differences) or 'it has no step'}. Go back to what it was, or start a "
+            "new run from the weights"
+        )
+    return state["step"]
