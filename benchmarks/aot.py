@@ -36,7 +36,7 @@ import rich.table
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from kontext_jax import latents
+from kontext_jax import compiler_options, latents
 from kontext_jax.checkpoint import parameter_shapes
 from kontext_jax.flow import timestep_mu, timestep_schedule
 from kontext_jax.models.clip import CLIPText
@@ -166,7 +166,8 @@ def compile_for(target: Target, program: Program) -> dict[str, Any]:
     )
     start = time.perf_counter()
     with jax.default_matmul_precision(program.precision):
-        compiled = jax.jit(program.run).lower(params, *inputs).compile()
+        lowered = jax.jit(program.run).lower(params, *inputs)
+        compiled = lowered.compile(compiler_options.options(target.platform, "sample"))
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))

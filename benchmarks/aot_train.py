@@ -32,7 +32,7 @@ from aot import GIB, versions
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kontext_jax import conditioning, latents, sharding, train_config
+from kontext_jax import compiler_options, conditioning, latents, sharding, train_config
 from kontext_jax.checkpoint import parameter_shapes
 from kontext_jax.data.batches import EncodedBatch
 from kontext_jax.flops import mmdit_flops, peak_flops
@@ -87,7 +87,8 @@ def compile_and_measure(mesh, run, args, **jit_options) -> dict[str, Any]:
     """Bytes on one chip, collectives and seconds of compilation of a program."""
     start = time.perf_counter()
     with sharding.activation_rules(mesh):
-        compiled = jax.jit(run, **jit_options).lower(*args).compile()
+        lowered = jax.jit(run, **jit_options).lower(*args)
+        compiled = lowered.compile(compiler_options.options("tpu", "train"))
     seconds = time.perf_counter() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
     return {

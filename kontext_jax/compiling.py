@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,11 +83,21 @@ OnCompiled = Callable[[Hashable, Any, float], None]
 
 
 class Executables:
-    """Functions compiled ahead of time, one program for each set of shapes."""
+    """Functions compiled ahead of time, one program for each set of shapes.
 
-    def __init__(self, timings: Clock, on_compiled: OnCompiled | None = None):
+    Args:
+      compiler_options: for XLA, see `kontext_jax.compiler_options`.
+    """
+
+    def __init__(
+        self,
+        timings: Clock,
+        on_compiled: OnCompiled | None = None,
+        compiler_options: Mapping[str, bool | int | str] | None = None,
+    ):
         self._timings = timings
         self._on_compiled = on_compiled
+        self._compiler_options = dict(compiler_options or {})
         self._compiled: dict[Hashable, Any] = {}
 
     def get(
@@ -114,7 +124,8 @@ class Executables:
                 function, options = make(), {"donate_argnums": donate_argnums}
                 if out_shardings is not None:
                     options["out_shardings"] = out_shardings(function)
-                compiled = jax.jit(function, **options).lower(*args).compile()
+                lowered = jax.jit(function, **options).lower(*args)
+                compiled = lowered.compile(compiler_options=self._compiler_options)
             self._compiled[full_key] = compiled
             if self._on_compiled is not None:
                 self._on_compiled(key, compiled, time.perf_counter() - start)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kontext_jax import conditioning, flow, latents
+from kontext_jax import compiler_options, conditioning, flow, latents
 from kontext_jax.checkpoint import ModelBundle
 from kontext_jax.compiling import Executables, Timings
 from kontext_jax.models.clip import CLIPText
@@ -62,7 +62,10 @@ class Stages:
         self._compute_dtype = DTYPES[dtype]
         self._tiling = tiling
         self._tell = tell
-        self._executables = Executables(self.timings)
+        self._executables = Executables(
+            self.timings,
+            compiler_options=compiler_options.options(jax.default_backend(), "sample"),
+        )
         self._params: dict[str, Params] = {}
         self._tokenizers: Tokenizers | None = None
 

@@ -19,7 +19,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
-from kontext_jax import config_tree, train_config
+from kontext_jax import compiler_options, config_tree, train_config
 from kontext_jax.checkpoint import Place
 from kontext_jax.compiling import Executables
 from kontext_jax.metrics import Speed
@@ -103,7 +103,11 @@ def train(
         stack.enter_context(activation_rules(mesh))
         stack.enter_context(_precise(config))
         speed = Speed(task.peak_flops(mesh))
-        programs = Executables(speed, lambda *program: tell(_compiled_line(*program)))
+        programs = Executables(
+            speed,
+            lambda *program: tell(_compiled_line(*program)),
+            compiler_options.options(jax.default_backend(), "train"),
+        )
         devices = Devices(mesh, _place(mesh), programs)
         init_key, run_key, eval_key = _keys(config.seed, devices)
         step, state, rows = 0, None, []

@@ -16,6 +16,7 @@ FLOORS = {
         "types",
         "numerics",
         "compiling",
+        "compiler_options",
         "sharding",
         "hlo",
         "config_tree",
