@@ -3,11 +3,13 @@
     slice    TPU slices, or groups of hosts, joined by a slow network; parameters are copied
     data     groups of devices that hold all parameters between them; the batch is split
     fsdp     parameters, optimizer and EMA are split, gathered layer by layer; the batch is split
-    tensor   heads and MLP channels are split; the batch is copied
+    context  the tokens of each example are split; parameters are copied
+    tensor   heads and MLP channels are split; activations are copied
 
 Axes of arrays have logical names, and two tables hold all decisions: `PARAMETER_AXES` names the
 axes of a parameter by its path, `MESH_AXES` says where a logical axis lies. Models name the axes of
-activations with `constrain`, which does nothing outside `activation_rules`.
+activations with `constrain`, which does nothing outside `activation_rules`. Attention needs whole
+tokens and has the heads split over `context` instead (`attention_specs`).
 
 Optimizer moments and EMA copies follow their parameter, since a path is matched at its end. Where
 an axis is not divisible by its part of the mesh, a parameter below `SMALL_PARAMETER` elements is
@@ -26,7 +28,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES = ("slice", "data", "fsdp", "tensor")
+AXES = ("slice", "data", "fsdp", "context", "tensor")
 BATCH_AXES = ("slice", "data", "fsdp")
 SMALL_PARAMETER = 2**20  # elements
 
@@ -35,8 +37,9 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
     # activations
     "batch": BATCH_AXES,
     "rows": ("slice", "data"),  # of a batch whose other axis is split over fsdp
-    "tokens": (),
+    "tokens": ("context",),
     "width": (),
+    "attended_heads": ("tensor", "context"),  # where tokens are whole
     # activations and parameters
     "heads": ("tensor",),
     "mlp": ("tensor",),
@@ -105,6 +108,7 @@ class MeshConfig:
     slices: int = 1
     data: int = 1
     fsdp: int = -1
+    context: int = 1
     tensor: int = 1
 
     def __post_init__(self):
@@ -115,7 +119,7 @@ class MeshConfig:
             raise ValueError(f"only one mesh size may be -1, found {sizes}")
 
 
-def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int]:
+def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
     """Sizes in the order of `AXES`, with -1 resolved.
 
     Raises:
@@ -156,7 +160,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         )
     if found > 1:
         grid = mesh_utils.create_hybrid_device_mesh(
-            (1, *shape[1:]), (num_slices, 1, 1, 1), devices, allow_split_physical_axes=True
+            (1, *shape[1:]),
+            (num_slices,) + (1,) * (len(shape) - 1),
+            devices,
+            allow_split_physical_axes=True,
         )
     elif num_slices > 1:
         grid = np.asarray(devices).reshape(shape)
@@ -170,9 +177,14 @@ def activation_rules(mesh: Mesh):
     return jax.set_mesh(mesh)
 
 
+def _mesh_axes(mesh: Mesh, name: str) -> tuple[str, ...]:
+    """The mesh axes over which a logical axis should lie."""
+    return tuple(axis for axis in MESH_AXES[name] if mesh.shape.get(axis, 1) > 1)
+
+
 def _split(mesh: Mesh, name: str | None, size: int) -> tuple[str, ...]:
     """The mesh axes for a logical axis of this size: the longest leading part that divides it."""
-    axes = tuple(a for a in MESH_AXES[name] if mesh.shape.get(a, 1) > 1) if name else ()
+    axes = _mesh_axes(mesh, name) if name else ()
     while axes and size % math.prod(mesh.shape[a] for a in axes):
         axes = axes[:-1]
     return axes
@@ -198,6 +210,35 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """x, pinned to where its logical axes lie; x itself where no mesh is active."""
     spec = activation_spec(x.shape, names)
     return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
+
+
+def attention_specs(
+    q_shape: Sequence[int], k_shape: Sequence[int]
+) -> tuple[PartitionSpec, PartitionSpec] | None:
+    """Where queries, and where keys and values [B, H, S, Dh] lie on the active mesh; None without.
+
+    All-to-all: every device has some of the heads with all their tokens, if `tensor` × `context`
+    divides the heads. If not, heads are split over `tensor` alone: every device has some of the
+    queries, and all the keys. Attention then communicates nothing in either case.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    whole = ("batch", "attended_heads", None, "head_dim")
+    if mesh.empty or attends_by_heads(q_shape[1]):
+        spec = activation_spec(q_shape, whole)
+        return None if spec is None else (spec, spec)
+    queries = activation_spec(q_shape, ("batch", "heads", "tokens", "head_dim"))
+    return queries, activation_spec(k_shape, ("batch", "heads", None, "head_dim"))
+
+
+def attends_by_heads(num_heads: int) -> bool:
+    """Whether attention splits its heads over the active mesh's `context`, not its queries."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return _split(mesh, "attended_heads", num_heads) == _mesh_axes(mesh, "attended_heads")
+
+
+def num_context_parts() -> int:
+    """Parts into which tokens are split by the mesh that is active while tracing."""
+    return jax.sharding.get_abstract_mesh().shape.get("context", 1)
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -250,7 +291,7 @@ def parameter_spec(mesh: Mesh, path: str, shape: Sequence[int]) -> PartitionSpec
         return [i for i, size in enumerate(shape) if not spec[i] and size % parts == 0]
 
     for name in names:
-        wanted = tuple(a for a in MESH_AXES[name] if mesh.shape.get(a, 1) > 1)
+        wanted = _mesh_axes(mesh, name)
         if is_small or not wanted or any(set(wanted) <= set(axes) for axes in spec):
             continue
         parts = math.prod(mesh.shape[a] for a in wanted)
@@ -302,6 +343,8 @@ def _batch_sharding(mesh: Mesh, is_shared: bool) -> NamedSharding:
 def batch_shardings(mesh: Mesh, abstract_batch: Any) -> Any:
     """Axis 0 of every leaf over slice, data and fsdp; what all examples share is copied.
 
+    Tokens are whole here: the network itself splits them over `context`.
+
     Raises:
       ValueError: if the (global) batch is not divisible by the devices it is split over.
     """
@@ -322,7 +365,7 @@ def batch_shardings(mesh: Mesh, abstract_batch: Any) -> Any:
 def process_share(mesh: Mesh) -> tuple[int, int]:
     """(index, count): which of how many equal parts of a global batch this process must bring.
 
-    Processes whose devices differ only along `tensor` bring the same part.
+    Processes whose devices differ only along `context` and `tensor` bring the same part.
 
     Raises:
       ValueError: if this process's devices do not hold one whole part.

@@ -120,9 +120,9 @@ def test_a_large_unknown_parameter_is_refused():
 @pytest.mark.parametrize(
     ("sizes", "devices", "shape"),
     [
-        ({}, 8, (1, 1, 8, 1)),
-        ({"data": -1, "fsdp": 2, "tensor": 2}, 8, (1, 2, 2, 2)),
-        ({"slices": 2, "data": 2}, 16, (2, 2, 4, 1)),
+        ({}, 8, (1, 1, 8, 1, 1)),
+        ({"data": -1, "fsdp": 2, "tensor": 2}, 8, (1, 2, 2, 1, 2)),
+        ({"slices": 2, "data": 2, "context": 2}, 16, (2, 2, 2, 2, 1)),
     ],
 )
 def test_the_rest_of_the_devices_is_filled_in(sizes, devices, shape):
@@ -131,7 +131,7 @@ def test_the_rest_of_the_devices_is_filled_in(sizes, devices, shape):
 
 def test_a_mesh_that_does_not_fit_says_so():
     with pytest.raises(
-        ValueError, match=r"fsdp 3 × tensor 1 does not fit 8 devices; change --conf"
+        ValueError, match=r"fsdp 3 × context 1 × tensor 1 does not fit 8 devices; change --conf"
     ):
         sharding.mesh_shape(MeshConfig(fsdp=3), 8)
     with pytest.raises(ValueError, match="only one mesh size may be -1"):
@@ -149,13 +149,13 @@ def test_tpu_slices_must_be_named():
         sharding.make_mesh(MeshConfig(), [Device(i) for i in range(8)])
 
 
-def test_a_batch_is_split_over_all_axes_but_tensor():
+def test_a_batch_is_split_over_all_axes_but_context_and_tensor():
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)  # noqa: E731
     batch = TokenBatch(
         x0=shape(16, 4, 8), ctx=None, txt=shape(16, 3, 8), vec=shape(16, 8),
         null_txt=shape(3, 8), null_vec=shape(8), pe=shape(2, 7, 4),
     )  # fmt: skip
-    mesh = abstract_mesh(slice=2, data=2, fsdp=2, tensor=2)
+    mesh = abstract_mesh(slice=2, data=2, fsdp=2, context=2, tensor=2)
     places = sharding.batch_shardings(mesh, batch)
     split = PartitionSpec(("slice", "data", "fsdp"))
     assert {p.spec for p in (places.x0, places.txt, places.vec)} == {split}

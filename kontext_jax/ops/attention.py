@@ -7,9 +7,9 @@
     splash      TPU       O(S)     no           any           pads S; interpreted on CPU
     auto        anywhere                                      see `attention`
 
-On a mesh (`kontext_jax.sharding`) splash and chunked run on each device's own examples and heads
-inside `jax.shard_map`, and cuDNN divides itself by the same axes: no backend communicates, and none
-may have its tokens split.
+On a mesh (`kontext_jax.sharding`) splash, chunked and cuDNN run inside `jax.shard_map` on each
+device's own examples and heads with whole tokens, or where `tensor` × `context` does not divide the
+heads, on its own queries with all keys. No backend communicates.
 
 JAX's own `dot_product_attention` holds all S² scores unless told otherwise, on GPU as well.
 """
@@ -35,7 +35,6 @@ SPLASH_MAX_BLOCK_KV = 2176  # 8704 = 4·2176: 512 text and twice 4096 image toke
 # For policies of `jax.checkpoint`, see `keeps_attention`: splash's output and log-sum-exp, the
 # output of chunked and reference.
 SAVED_NAME = "attention"
-_AXES = ("batch", "heads", None, "head_dim")
 
 
 def attention(
@@ -112,10 +111,13 @@ def keeps_attention(primitive: Any, *_: Any, **params: Any) -> bool:
 
 def _on_each_device(function, q, k, v):
     """Runs `function` where the examples and heads lie, if a mesh is active."""
-    spec = sharding.activation_spec(q.shape, _AXES)
-    if spec is None:
+    specs = sharding.attention_specs(q.shape, k.shape)
+    if specs is None:
         return function(q, k, v)
-    mapped = jax.shard_map(function, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+    queries, keys = specs
+    mapped = jax.shard_map(
+        function, in_specs=(queries, keys, keys), out_specs=queries, check_vma=False
+    )
     return mapped(q, k, v)
 
 
@@ -197,9 +199,12 @@ def _cudnn_limit(head_dim: int, dtype: Any) -> str | None:
 
 
 def _cudnn(q, k, v, scale):
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # [B, S, H, Dh]
-    out = jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
-    return jnp.swapaxes(out, 1, 2)
+    def run(q, k, v):
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # [B, S, H, Dh]
+        out = jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
+        return jnp.swapaxes(out, 1, 2)
+
+    return _on_each_device(run, q, k, v)
 
 
 def _cudnn_is_installed(q, k, v) -> bool:
