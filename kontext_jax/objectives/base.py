@@ -35,6 +35,9 @@ LossFn = Callable[[Params, Any, Any, jax.Array, jax.Array], tuple[jax.Array, Met
 where in the global batch they stand.
 """
 
+GradientFn = Callable[[Any, Any, Any, jax.Array, jax.Array], tuple[tuple[jax.Array, Metrics], Any]]
+"""What `jax.value_and_grad(loss_fn, has_aux=True)` is: → ((loss, metrics), gradient)."""
+
 
 class Objective(NamedTuple):
     """What is trained and how, without the loop knowing which it is.
@@ -136,80 +139,120 @@ def make_gradient_step(
       ValueError: if ema_decay is not in [0, 1) or accumulate_steps is below 1; when traced, if the
         batch does not divide into the micro-batches, or the state's average does not fit ema_decay.
     """
+    check_step_options(ema_decay, accumulate_steps)
+    gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def step(state, frozen, batch, key):
+        step_key = jax.random.fold_in(key, state.step)
+        loss, metrics, grads = mean_gradient(
+            gradient_fn, state.params, frozen, batch, step_key, accumulate_steps
+        )
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+        new_state, norms = advance(state, grads, is_finite, optimizer, ema_decay=ema_decay)
+        metrics = metrics | {"loss": loss} | norms
+        if learning_rate is not None:
+            metrics["learning_rate"] = learning_rate(num_updates(state))
+        return new_state, {name: jnp.float32(value) for name, value in metrics.items()}
+
+    return step
+
+
+def check_step_options(ema_decay: float, accumulate_steps: int) -> None:
+    """Raises ValueError if one of them means nothing."""
     if not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay is {ema_decay}; it must be in [0, 1), 0 for no average")
     if accumulate_steps < 1:
         raise ValueError(f"accumulate_steps is {accumulate_steps}; it must be at least 1")
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def gradient(params, frozen, batch, key):
-        samples = num_samples(batch)
-        if samples % accumulate_steps:
-            raise ValueError(
-                f"a batch of {samples} samples does not divide into {accumulate_steps} "
-                "micro-batches; change batch_size or accumulate_steps"
-            )
-        sample_index = jnp.arange(samples, dtype=jnp.int32)
-        if accumulate_steps == 1:
-            (loss, metrics), grads = value_and_grad(params, frozen, batch, key, sample_index)
-            return loss, metrics, grads
 
-        def add_micro_batch(total, index):
-            part = micro_batch(batch, index, accumulate_steps)
-            positions = micro_batch(sample_index, index, accumulate_steps)
-            (loss, metrics), grads = value_and_grad(params, frozen, part, key, positions)
-            return jax.tree.map(jnp.add, total, grads), (loss, metrics)
+def num_updates(state: TrainState) -> jax.Array:
+    """How often the parameters were changed, float32 []."""
+    return (state.step - state.skipped).astype(jnp.float32)
 
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        total, (losses, metrics) = lax.scan(add_micro_batch, zeros, jnp.arange(accumulate_steps))
-        grads = jax.tree.map(lambda g: g / accumulate_steps, total)
-        return jnp.mean(losses), _combine(metrics), grads
 
-    def step(state, frozen, batch, key):
-        if (state.ema_params is None) != (ema_decay == 0):
-            raise ValueError(
-                f"ema_decay is {ema_decay}, but the state "
-                f"{'has no' if state.ema_params is None else 'has an'} average of the parameters"
-            )
-        step_key = jax.random.fold_in(key, state.step)
-        loss, metrics, grads = gradient(state.params, frozen, batch, step_key)
-        grad_norm = optax.tree.norm(grads)
-        is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        num_updates = (state.step - state.skipped).astype(jnp.float32)
+def mean_gradient(
+    gradient_fn: GradientFn,
+    params: Any,
+    frozen: Any,
+    batch: Any,
+    step_key: jax.Array,
+    accumulate_steps: int = 1,
+) -> tuple[jax.Array, Metrics, Any]:
+    """Loss, metrics and gradient of a batch, one micro-batch after the other.
 
-        def keep_if_skipped(new, old):
-            return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)
-
-        params = keep_if_skipped(optax.apply_updates(state.params, updates), state.params)
-        ema_params = state.ema_params
-        if ema_params is not None:
-            decay = jnp.minimum(ema_decay, (1 + num_updates) / (10 + num_updates))
-            average = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema_params, params)
-            ema_params = keep_if_skipped(average, ema_params)
-        is_skipped = (~is_finite).astype(jnp.int32)
-        new_state = state.replace(
-            step=state.step + 1,
-            params=params,
-            opt_state=keep_if_skipped(opt_state, state.opt_state),
-            ema_params=ema_params,
-            skipped=state.skipped + is_skipped,
-            skipped_in_a_row=jnp.where(is_finite, 0, state.skipped_in_a_row + 1),
+    Raises:
+      ValueError: if the batch does not divide into the micro-batches.
+    """
+    samples = num_samples(batch)
+    if samples % accumulate_steps:
+        raise ValueError(
+            f"a batch of {samples} samples does not divide into {accumulate_steps} "
+            "micro-batches; change batch_size or accumulate_steps"
         )
-        metrics = metrics | {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "update_norm": jnp.where(is_finite, optax.tree.norm(updates), 0),
-            "param_norm": optax.tree.norm(params),
-            "skipped": is_skipped,
-            "skipped_total": new_state.skipped,
-            "skipped_in_a_row": new_state.skipped_in_a_row,
-        }
-        if learning_rate is not None:
-            metrics["learning_rate"] = learning_rate(num_updates)
-        return new_state, {name: jnp.float32(value) for name, value in metrics.items()}
+    sample_index = jnp.arange(samples, dtype=jnp.int32)
+    if accumulate_steps == 1:
+        (loss, metrics), grads = gradient_fn(params, frozen, batch, step_key, sample_index)
+        return loss, metrics, grads
 
-    return step
+    def add_micro_batch(total, index):
+        part = micro_batch(batch, index, accumulate_steps)
+        positions = micro_batch(sample_index, index, accumulate_steps)
+        (loss, metrics), grads = gradient_fn(params, frozen, part, step_key, positions)
+        return jax.tree.map(jnp.add, total, grads), (loss, metrics)
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    total, (losses, metrics) = lax.scan(add_micro_batch, zeros, jnp.arange(accumulate_steps))
+    grads = jax.tree.map(lambda g: g / accumulate_steps, total)
+    return jnp.mean(losses), _combine(metrics), grads
+
+
+def advance(
+    state: TrainState,
+    grads: Any,
+    is_finite: jax.Array,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema_decay: float = 0.0,
+) -> tuple[TrainState, Metrics]:
+    """The state after one update, or where not `is_finite` the same counted as skipped; and norms.
+
+    Raises:
+      ValueError: if the state's average does not fit ema_decay.
+    """
+    if (state.ema_params is None) != (ema_decay == 0):
+        raise ValueError(
+            f"ema_decay is {ema_decay}, but the state "
+            f"{'has no' if state.ema_params is None else 'has an'} average of the parameters"
+        )
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+
+    def keep_if_skipped(new, old):
+        return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)
+
+    params = keep_if_skipped(optax.apply_updates(state.params, updates), state.params)
+    ema_params = state.ema_params
+    if ema_params is not None:
+        count = num_updates(state)
+        decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
+        average = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema_params, params)
+        ema_params = keep_if_skipped(average, ema_params)
+    is_skipped = (~is_finite).astype(jnp.int32)
+    new_state = state.replace(
+        step=state.step + 1,
+        params=params,
+        opt_state=keep_if_skipped(opt_state, state.opt_state),
+        ema_params=ema_params,
+        skipped=state.skipped + is_skipped,
+        skipped_in_a_row=jnp.where(is_finite, 0, state.skipped_in_a_row + 1),
+    )
+    return new_state, {
+        "grad_norm": optax.tree.norm(grads),
+        "update_norm": jnp.where(is_finite, optax.tree.norm(updates), 0),
+        "param_norm": optax.tree.norm(params),
+        "skipped": is_skipped,
+        "skipped_total": new_state.skipped,
+        "skipped_in_a_row": new_state.skipped_in_a_row,
+    }
 
 
 def _is_additive(name: str) -> bool:
