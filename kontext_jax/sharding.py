@@ -236,9 +236,10 @@ def attends_by_heads(num_heads: int) -> bool:
     return _split(mesh, "attended_heads", num_heads) == _mesh_axes(mesh, "attended_heads")
 
 
-def num_context_parts() -> int:
-    """Parts into which tokens are split by the mesh that is active while tracing."""
-    return jax.sharding.get_abstract_mesh().shape.get("context", 1)
+def num_parts(name: str) -> int:
+    """Into how many parts the mesh that is active while tracing should split a logical axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in _mesh_axes(mesh, name))
 
 
 def path_name(path: Sequence[Any]) -> str:

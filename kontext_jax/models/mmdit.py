@@ -31,8 +31,9 @@ from kontext_jax.models.layers import (
     timestep_embedding,
 )
 from kontext_jax.models.presets import MMDiTConfig
+from kontext_jax.models.token_layout import TokenLayout, attend
 from kontext_jax.numerics import EXACT, Numerics
-from kontext_jax.ops.attention import Backend, attention, keeps_attention
+from kontext_jax.ops.attention import Backend, keeps_attention
 from kontext_jax.ops.rope import apply_rope
 from kontext_jax.sharding import constrain
 from kontext_jax.types import Params, VelocityFn
@@ -137,21 +138,18 @@ class DoubleBlock(nn.Module):
         self.img_attn, self.txt_attn = stream(), stream()
         self.img_mlp, self.txt_mlp = MLP(self.config, self.dtype), MLP(self.config, self.dtype)
 
-    def __call__(self, carry, img_mod, txt_mod, pe):
+    def __call__(self, carry, img_mod, txt_mod, pe, layout):
         """carry (img, txt); img_mod, txt_mod [B, 6, D]."""
         img, txt = (_stream(x) for x in carry)
-        num_txt = txt.shape[1]
+        txt_pe, img_pe = layout.separate(pe, axis=-2)
         img_mod, txt_mod = (jnp.moveaxis(mod, 1, 0) for mod in (img_mod, txt_mod))
-        txt_qkv = self.txt_attn.qkv(
-            modulated_norm(txt, txt_mod[0], txt_mod[1]), pe[..., :num_txt, :]
-        )
-        img_qkv = self.img_attn.qkv(
-            modulated_norm(img, img_mod[0], img_mod[1]), pe[..., num_txt:, :]
-        )
-        q, k, v = (jnp.concatenate(pair, axis=2) for pair in zip(txt_qkv, img_qkv, strict=True))
-        attended = attention(q, k, v, backend=self.attention_backend)
-        txt = _finish_stream(txt, attended[:, :, :num_txt], txt_mod, self.txt_attn, self.txt_mlp)
-        img = _finish_stream(img, attended[:, :, num_txt:], img_mod, self.img_attn, self.img_mlp)
+        txt_qkv = self.txt_attn.qkv(modulated_norm(txt, txt_mod[0], txt_mod[1]), txt_pe)
+        img_qkv = self.img_attn.qkv(modulated_norm(img, img_mod[0], img_mod[1]), img_pe)
+        q, k, v = (layout.join(*pair, axis=2) for pair in zip(txt_qkv, img_qkv, strict=True))
+        attended = attend(q, k, v, layout, self.attention_backend)
+        txt_attended, img_attended = layout.separate(attended, axis=2)
+        txt = _finish_stream(txt, txt_attended, txt_mod, self.txt_attn, self.txt_mlp)
+        img = _finish_stream(img, img_attended, img_mod, self.img_attn, self.img_mlp)
         return (img, txt), None
 
 
@@ -172,11 +170,11 @@ class SingleBlock(_Projections):
         self.attn_out = self.out_projection(use_bias=False)
         self.mlp_out = Dense((self.config.hidden_size,), dtype=self.dtype)
 
-    def __call__(self, x, mod, pe):
+    def __call__(self, x, mod, pe, layout):
         """x [B, S, D]; mod [B, 3, D]."""
         x = _stream(x)
         normed = modulated_norm(x, mod[:, 0], mod[:, 1])
-        attended = attention(*self.qkv(normed, pe), backend=self.attention_backend)
+        attended = attend(*self.qkv(normed, pe), layout, self.attention_backend)
         # Two products added: the published single product over [attention ‖ mlp] runs slower.
         attn_out = self.attn_out(jnp.swapaxes(attended, 1, 2))
         mlp_out = self.mlp_out(_mlp_hidden(self.mlp_in(normed)))
@@ -236,7 +234,7 @@ class MMDiT(nn.Module):
             block,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
-            in_axes=(1,) * num_scanned + (nn.broadcast,),
+            in_axes=(1,) * num_scanned + (nn.broadcast, nn.broadcast),
             length=length,
         )
 
@@ -295,17 +293,24 @@ class MMDiT(nn.Module):
         Raises:
           ValueError: if pe does not have one position per token.
         """
-        num_txt = txt.shape[1]
-        if pe.shape[-2] != num_txt + img.shape[1]:
+        num_txt, num_img = txt.shape[1], img.shape[1]
+        if pe.shape[-2] != num_txt + num_img:
             raise ValueError(
                 f"pe has {pe.shape[-2]} positions, but there are {num_txt} text and "
-                f"{img.shape[1]} image tokens"
+                f"{num_img} image tokens"
             )
+        layout = TokenLayout.on_mesh(num_txt, num_img)
+        pe = constrain(layout.lay(pe, axis=-2), *("batch",) * (pe.ndim - 3), None, "tokens", None)
+        img, txt = (_stream(layout.pad(x, axis=1)) for x in (img, txt))
         carry = _stream(self.img_in(img)), _stream(self.txt_in(txt))
-        (img, txt), _ = self.double_blocks(carry, modulation.double_img, modulation.double_txt, pe)
-        stream, _ = self.single_blocks(jnp.concatenate([txt, img], axis=1), modulation.single, pe)
+        double = modulation.double_img, modulation.double_txt
+        (img, txt), _ = self.double_blocks(carry, *double, pe, layout)
+        stream = layout.join(txt, img, axis=1)
+        stream, _ = self.single_blocks(stream, modulation.single, pe, layout)
+        _, img = layout.separate(stream, axis=1)
         final = modulation.final
-        return self.final_layer(modulated_norm(stream[:, num_txt:], final[:, 0], final[:, 1]))
+        velocity = self.final_layer(modulated_norm(img, final[:, 0], final[:, 1]))
+        return velocity[:, :num_img]
 
 
 def _remat_policy(name: Remat) -> Callable[..., bool] | None:

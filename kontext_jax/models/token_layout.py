@@ -1,0 +1,106 @@
+"""Text and image tokens on the devices among which an example's tokens are split.
+
+    streams    txt [B, T, D] and img [B, L, D], each padded so that all parts are equally long
+    joined     [txt_0 ‖ img_0 ‖ txt_1 ‖ img_1 ‖ …], part after part
+    attention  over the tokens without the padding
+
+A plain [txt ‖ img] would begin in the middle of some device's image; joined part by part, nothing
+moves between devices when streams are put together or taken apart. Attention sees no order of
+tokens but that of their positions, which are joined alike. With one part nothing is padded or
+reordered.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from kontext_jax import sharding
+from kontext_jax.ops.attention import Backend, attention
+from kontext_jax.sharding import constrain
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class TokenLayout:
+    """How many tokens each stream has, and in how many parts they lie."""
+
+    num_txt: int
+    num_img: int
+    parts: int = 1
+
+    @classmethod
+    def on_mesh(cls, num_txt: int, num_img: int) -> "TokenLayout":
+        """For the mesh that is active while tracing."""
+        return cls(num_txt, num_img, sharding.num_parts("tokens"))
+
+    @property
+    def has_padding(self) -> bool:
+        return self.num_txt % self.parts > 0 or self.num_img % self.parts > 0
+
+    def pad(self, x: jax.Array, axis: int) -> jax.Array:
+        """A stream with zeros behind it, up to a multiple of the parts."""
+        missing = -x.shape[axis] % self.parts
+        padding = [(0, missing if i == axis % x.ndim else 0) for i in range(x.ndim)]
+        return jnp.pad(x, padding) if missing else x
+
+    def lay(self, x: jax.Array, axis: int) -> jax.Array:
+        """A plain [txt ‖ img] padded and joined."""
+        txt, img = jnp.split(x, [self.num_txt], axis)
+        return self.join(self.pad(txt, axis), self.pad(img, axis), axis)
+
+    def join(self, txt: jax.Array, img: jax.Array, axis: int) -> jax.Array:
+        """Both padded streams as one."""
+        axis %= txt.ndim
+        both = jnp.concatenate([self._by_part(x, axis) for x in (txt, img)], axis + 1)
+        return _merge(both, axis)
+
+    def separate(self, x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+        """The padded streams of a joined one."""
+        axis %= x.ndim
+        txt_of_part = -(-self.num_txt // self.parts)
+        txt, img = jnp.split(self._by_part(x, axis), [txt_of_part], axis + 1)
+        return _merge(txt, axis), _merge(img, axis)
+
+    def cut(self, x: jax.Array, axis: int) -> jax.Array:
+        """A joined stream without its padding and then plain; as it is if it has none."""
+        if not self.has_padding:
+            return x
+        streams = zip(self.separate(x, axis), (self.num_txt, self.num_img), strict=True)
+        return jnp.concatenate([jax.lax.slice_in_dim(s, 0, n, axis=axis) for s, n in streams], axis)
+
+    def uncut(self, x: jax.Array, axis: int) -> jax.Array:
+        """Inverse of `cut`, with zeros in place of the padding."""
+        return self.lay(x, axis) if self.has_padding else x
+
+    def _by_part(self, x: jax.Array, axis: int) -> jax.Array:
+        """[…, S, …] → […, parts, S / parts, …]."""
+        shape = (self.parts, x.shape[axis] // self.parts)
+        return x.reshape(*x.shape[:axis], *shape, *x.shape[axis + 1 :])
+
+
+def _merge(x: jax.Array, axis: int) -> jax.Array:
+    """[…, parts, S / parts, …] → […, S, …]."""
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, layout: TokenLayout, backend: Backend
+) -> jax.Array:
+    """Attention over joined streams [B, H, S, Dh] whose tokens are split, as is the result.
+
+    All-to-all (Ulysses, arXiv:2309.14509): each device gets some of the heads with all their
+    tokens. Where the heads cannot be split so far, it gets all keys and values for its own queries.
+    """
+    by_heads = sharding.attends_by_heads(q.shape[1])
+
+    def whole(x: jax.Array) -> jax.Array:
+        heads = "attended_heads" if by_heads else "heads"
+        return layout.cut(constrain(x, "batch", heads, None, "head_dim"), 2)
+
+    if by_heads:
+        attended = layout.uncut(attention(*map(whole, (q, k, v)), backend=backend), 2)
+        attended = constrain(attended, "batch", "attended_heads", None, "head_dim")
+    else:
+        attended = attention(q, whole(k), whole(v), backend=backend)
+    return constrain(attended, "batch", "heads", "tokens", "head_dim")
