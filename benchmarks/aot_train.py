@@ -34,10 +34,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kontext_jax import compiler_options, conditioning, latents, sharding, train_config
 from kontext_jax.checkpoint import parameter_shapes
+from kontext_jax.chips import peak_flops
 from kontext_jax.data.batches import EncodedBatch
-from kontext_jax.flops import mmdit_flops, peak_flops
+from kontext_jax.flops import mmdit_flops
 from kontext_jax.flow_matching_task import DTYPES, UNTRAINED
-from kontext_jax.hlo import collectives
+from kontext_jax.hlo_collectives import collectives
 from kontext_jax.models.presets import Preset
 from kontext_jax.ops.attention import backend_for
 from kontext_jax.task_table import make_task

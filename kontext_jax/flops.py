@@ -1,4 +1,4 @@
-"""Floating-point operations of the transformer's own products, and what devices can do.
+"""Floating-point operations of the transformer's own products.
 
     block      24·D² per token (q, k, v 6·D², out 2·D², MLP 4·D·M with M = 4·D)
                + 4·S·D per token for attention over S tokens
@@ -15,20 +15,6 @@ from typing import NamedTuple
 
 from kontext_jax.models.layers import TIME_EMBED_DIM
 from kontext_jax.models.presets import MMDiTConfig
-
-# Dense bfloat16 FLOP/s of one JAX device; beginnings of `device_kind`, the first match counts.
-PEAK_BF16_FLOPS = (
-    ("TPU v4 lite", 138e12),
-    ("TPU v4", 275e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5", 459e12),  # also "TPU v5p"
-    ("TPU v6", 918e12),
-    ("NVIDIA A100", 312e12),
-    ("NVIDIA H100 PCIe", 756e12),
-    ("NVIDIA H100", 989e12),
-    ("NVIDIA H200", 989e12),
-)
 
 
 class Flops(NamedTuple):
@@ -65,12 +51,4 @@ def mmdit_flops(config: MMDiTConfig, num_text_tokens: int, num_image_tokens: int
     return Flops(
         products=2.0 * (once + per_stream + tokens * num_blocks * per_block),
         attention=4.0 * num_blocks * tokens**2 * width,
-    )
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """bfloat16 FLOP/s of a device by its `jax.Device.device_kind`; None where it is not known."""
-    return next(
-        (peak for kind, peak in PEAK_BF16_FLOPS if device_kind.startswith(kind)),
-        None,
     )

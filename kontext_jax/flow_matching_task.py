@@ -10,9 +10,10 @@ from jax.sharding import Mesh
 
 from kontext_jax import conditioning, latents
 from kontext_jax.checkpoint import ModelBundle, Place, parameter_shapes, untrained_bundle
+from kontext_jax.chips import peak_flops
 from kontext_jax.conditioning import encode_batch, tokens_of
 from kontext_jax.data.batches import EncodedBatch, ImageBatch
-from kontext_jax.flops import mmdit_flops, peak_flops
+from kontext_jax.flops import mmdit_flops
 from kontext_jax.flow import timestep_mu, timestep_schedule
 from kontext_jax.models.lora import init_lora, scaled
 from kontext_jax.models.mmdit import Conditioning, MMDiT, init_params, make_velocity_fn

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kontext_jax.flops import mmdit_flops, peak_flops
+from kontext_jax.chips import peak_flops
+from kontext_jax.flops import mmdit_flops
 from kontext_jax.models.mmdit import MMDiT, init_params
 from kontext_jax.models.presets import PRESETS, MMDiTConfig
 

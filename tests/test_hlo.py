@@ -2,7 +2,7 @@
 
 import pytest
 
-from kontext_jax.hlo import collectives
+from kontext_jax.hlo_collectives import collectives
 
 # In the words of a TPU program: a loop over three layers, whose gradient is reduced and scattered
 # in a fusion, and asynchronous gathers and groups in each of their notations.
