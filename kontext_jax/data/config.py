@@ -15,7 +15,8 @@ class DataConfig:
     Attributes:
       sources: folders or files, local or gs://. A folder with metadata.jsonl or metadata.csv beside
         its pictures, parquet files, WebDataset tars, or ArrayRecord files of `write_array_record`;
-        or drawn scenes without files, scenes:WORLD:SPLIT:COUNT (see `scene_source`).
+        or pictures without files, scenes:WORLD:SPLIT:COUNT (see `scene_source`) and
+        photos:WHAT:SPLIT:COUNT (see `photo_source`).
       weights: how often an epoch shows each example of each source, one number per source; () is
         once each. 2.0 shows all twice, 0.5 another half every epoch.
       target_column: column (or member of a tar, without its file type) of the picture to be made;

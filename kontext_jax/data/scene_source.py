@@ -5,13 +5,12 @@ edits and captioned pictures.
 """
 
 import dataclasses
-import io
 from collections.abc import Sequence
 
 from etils import epath
-from PIL import Image
 
 from kontext_jax.data.examples import ColumnNames, Example, ImageRef, Source, digest
+from kontext_jax.data.photo_source import picture_in_memory
 from kontext_jax.data.scenes import CAPTION, WORLDS, Scene, SceneSource, render
 
 PREFIX = "scenes:"
@@ -54,11 +53,7 @@ class DrawnSource(Source):
         return Example(full_id, self._picture(example.target, full_id), before, example.text)
 
     def _picture(self, scene: Scene, name: str) -> ImageRef:
-        file = io.BytesIO()
-        Image.fromarray(render(scene, self._scenes.world.size_px)).save(
-            file, format="PNG", compress_level=1
-        )
-        return ImageRef(name, data=file.getvalue())
+        return picture_in_memory(render(scene, self._scenes.world.size_px), name)
 
     def identity(self) -> str:
         scenes = self._scenes

@@ -170,14 +170,20 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
     return np.abs(np.hypot(x, y) - 0.7 * r) - 0.28 * r  # ring
 
 
-@functools.cache
 def coverage(shape: str, size: str, position: int, size_px: int) -> np.ndarray:
-    """How much of each pixel an object covers: float32 [height, width, 1] in [0, 1]."""
-    scale = size_px / 64
+    """How much of each pixel an object covers: float32 [size_px, size_px, 1] in [0, 1]."""
+    return coverage_of(shape, size, position, size_px, size_px)
+
+
+@functools.cache
+def coverage_of(shape: str, size: str, position: int, width_px: int, height_px: int) -> np.ndarray:
+    """As `coverage`, in a picture that need not be square: float32 [height, width, 1]."""
     row, column = divmod(position, 3)
-    centre_x, centre_y = ((12 + 20 * cell) * scale - 0.5 for cell in (column, row))
-    y, x = np.mgrid[:size_px, :size_px].astype(np.float32)
-    distance = _distance(shape, x - centre_x, y - centre_y, SIZES[size] * scale)
+    centre_x = (12 + 20 * column) * width_px / 64 - 0.5
+    centre_y = (12 + 20 * row) * height_px / 64 - 0.5
+    radius = SIZES[size] * min(width_px, height_px) / 64
+    y, x = np.mgrid[:height_px, :width_px].astype(np.float32)
+    distance = _distance(shape, x - centre_x, y - centre_y, radius)
     return np.clip(0.5 - distance, 0, 1).astype(np.float32)[..., None]
 
 
@@ -206,11 +212,17 @@ def restyle(pixels: np.ndarray, style: str) -> np.ndarray:
 
 def render(scene: Scene, size_px: int = 64) -> np.ndarray:
     """The picture of a scene, anti-aliased: uint8 [size_px, size_px, 3]."""
-    pixels = backdrop(scene.background, scene.fill, size_px)
-    for thing in scene.things:
-        covered = coverage(thing.shape, thing.size, thing.position, size_px)
-        pixels = pixels + covered * (np.float32(COLOURS[thing.colour]) - pixels)
+    pixels = place_things(scene.things, backdrop(scene.background, scene.fill, size_px))
     return np.rint(restyle(pixels, scene.style)).astype(np.uint8)
+
+
+def place_things(things: Sequence[Thing], behind: np.ndarray) -> np.ndarray:
+    """Objects in front of any picture, float32 [height, width, 3] in [0, 255]; likewise back."""
+    height, width = behind.shape[:2]
+    for thing in things:
+        covered = coverage_of(thing.shape, thing.size, thing.position, width, height)
+        behind = behind + covered * (np.float32(COLOURS[thing.colour]) - behind)
+    return behind
 
 
 def change_mask(source: np.ndarray, target: np.ndarray) -> np.ndarray:

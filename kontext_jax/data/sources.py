@@ -27,6 +27,7 @@ from kontext_jax.data.examples import (
 from kontext_jax.data.files import walk_files
 from kontext_jax.data.pair_records import ArrayRecordSource
 from kontext_jax.data.parquet import ParquetSource
+from kontext_jax.data.photo_source import CropSource, is_photos
 from kontext_jax.data.scene_source import DrawnSource, is_scenes
 from kontext_jax.data.tars import TarSource
 
@@ -66,7 +67,7 @@ def open_sources(
 
 def source_name(path: str) -> str:
     """What a source is called unless told: its folder, or its file without suffix."""
-    if is_scenes(path):
+    if is_scenes(path) or is_photos(path):
         return path.replace(":", "-")
     root = epath.Path(path)
     if root.name in METADATA_FILES or "*" in root.name:
@@ -97,6 +98,8 @@ def open_source(
     """
     if is_scenes(path):
         return DrawnSource(path, name or source_name(path))
+    if is_photos(path):
+        return CropSource(path, name or source_name(path))
     root, columns, name = epath.Path(path), columns or ColumnNames(), name or source_name(path)
     if "*" in root.name:
         files = sorted(root.parent.glob(root.name))
