@@ -1,15 +1,13 @@
 """Trains a model: `python train.py --config configs/tiny.py`."""
 
 import argparse
-import difflib
 import os
 import sys
 from pathlib import Path
 
-from kontext_jax.command_line import Parser
+from kontext_jax.command_line import SETTING, Parser, load_config, split_settings
 
 RUNS = Path("runs")
-SETTING = "--config."
 EPILOG = """examples:
   python train.py --config configs/tiny.py                      seconds, on any machine
   python train.py --config configs/tiny.py --print-config       every setting and its value
@@ -55,47 +53,6 @@ def make_parser() -> argparse.ArgumentParser:
     several.add_argument("--num-processes", type=int, metavar="N")
     several.add_argument("--process-id", type=int, metavar="I", help="0 to N - 1")
     return parser
-
-
-def split_settings(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Takes `--config.KEY=VALUE` and `--config.KEY VALUE` out of the command line.
-
-    Raises:
-      ValueError: a key without a value.
-    """
-    rest, settings, words = [], [], iter(argv)
-    for word in words:
-        if not word.startswith(SETTING) or word == SETTING:
-            rest.append(word)
-            continue
-        key, equals, value = word.removeprefix(SETTING).partition("=")
-        if not equals:
-            value = next(words, None)
-            if value is None or value.startswith("--"):
-                raise ValueError(f"{word} has no value; write {word}=VALUE")
-        settings.append((key, value))
-    return rest, settings
-
-
-def load_config(path: str):
-    """The ConfigDict that `get_config()` of a config file returns."""
-    import importlib.util
-
-    file = Path(path)
-    if not file.is_file():
-        folder = file.parent if file.parent.is_dir() else Path("configs")
-        choices = sorted(str(p) for p in folder.glob("*.py"))
-        near = difflib.get_close_matches(path, choices, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"there is no config file {path}{hint}")
-    spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
-    if spec is None:
-        raise ValueError(f"{path} is no Python file; see configs/")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"{path} has no function get_config(); see configs/tiny.py")
-    return module.get_config()
 
 
 def open_weights(path: str):
