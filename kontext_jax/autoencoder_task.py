@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -74,6 +75,12 @@ class AutoencoderTask:
 
     def make_feed(self, devices: Devices, null_text) -> "PictureFeed":
         return PictureFeed(self.vae, devices)
+
+    def abstract_batch(
+        self, batch_size: int, size: tuple[int, int], num_references: int
+    ) -> PictureBatch:
+        width, height = size
+        return PictureBatch(jax.ShapeDtypeStruct((batch_size, height, width, 3), jnp.float32))
 
     def peak_flops(self, mesh: Mesh) -> float | None:
         return None

@@ -114,6 +114,24 @@ class FlowMatchingTask:
     def make_feed(self, devices: Devices, null_text) -> "TokenFeed":
         return TokenFeed(self, devices, null_text)
 
+    def abstract_batch(
+        self, batch_size: int, size: tuple[int, int], num_references: int
+    ) -> TokenBatch:
+        preset, shape = self._preset, jax.ShapeDtypeStruct
+        columns, rows = (side // preset.vae.downsampling for side in size)
+        picture = shape((batch_size, rows, columns, preset.vae.z_channels), self._dtype)
+        text = ((preset.max_text_tokens, preset.mmdit.context_in_dim), (preset.mmdit.vec_in_dim,))
+        encoded = EncodedBatch(
+            x0=picture,
+            contexts=(picture,) * num_references,
+            txt=shape((batch_size, *text[0]), self._dtype),
+            vec=shape((batch_size, *text[1]), self._dtype),
+        )
+        null = [shape(dims, self._dtype) for dims in text]
+        return jax.eval_shape(
+            lambda encoded, null: tokens_of(encoded, *null, preset.mmdit), encoded, null
+        )
+
     def peak_flops(self, mesh: Mesh) -> float | None:
         peak = peak_flops(mesh.devices.flat[0].device_kind)
         return None if peak is None else peak * mesh.size

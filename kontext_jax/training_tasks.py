@@ -86,6 +86,9 @@ class Task(Protocol):
           null_text: features of the empty prompt, where the examples come encoded.
         """
 
+    def abstract_batch(self, batch_size: int, size: tuple[int, int], num_references: int) -> Any:
+        """Shapes of what the feed makes of a batch: targets and references of (width, height)."""
+
     def peak_flops(self, mesh: Mesh) -> float | None:
         """Operations that all devices together can do in a second; None if unknown."""
 
