@@ -5,9 +5,9 @@
     single   one stream [txt ‖ img]; attention and MLP side by side from one norm
     velocity = Linear((1 + scale)·LN(img) + shift)
 
-Blocks are scanned: their parameters are stacked on axis 0 (docs/architecture.md). Modulation
-stands outside the scan and takes times of any leading shape, so that a sampling run computes it for
-all its steps in one product.
+Blocks are scanned, their parameters stacked on axis 0 (docs/architecture.md), or listed where that
+is faster (`block_stack`). Modulation stands outside the stack and takes times of any leading shape,
+so that a sampling run computes it for all its steps in one product.
 """
 
 import functools
@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from kontext_jax.models.block_stack import BlockForm, make_stack, unstack
 from kontext_jax.models.layers import (
     Dense,
     MLPEmbedder,
@@ -193,6 +194,7 @@ class MMDiT(nn.Module):
         between the two, from little memory to much.
       zero_init: start training with every block the identity and the velocity zero, as DiT does;
         False draws modulation and output as well, so that an untrained network answers its inputs.
+      block_form: "scan" for stacked parameters, "list" for those of `unstacked`.
     """
 
     config: MMDiTConfig
@@ -200,6 +202,7 @@ class MMDiT(nn.Module):
     attention_backend: Backend = "auto"
     remat: Remat = "none"
     zero_init: bool = True
+    block_form: BlockForm = "scan"
 
     def setup(self):
         config, dtype = self.config, self.dtype
@@ -211,32 +214,24 @@ class MMDiT(nn.Module):
         self.double_mod = _DoubleModulation(config.depth, dtype, self.zero_init)
         self.single_mod = Modulation(config.depth_single_blocks, 3, dtype, self.zero_init)
         self.final_mod = Modulation(None, 2, dtype, self.zero_init)
-        self.double_blocks = self._stack(DoubleBlock, config.depth, num_scanned=2)(
-            config, dtype, self.attention_backend
-        )
-        self.single_blocks = self._stack(SingleBlock, config.depth_single_blocks, num_scanned=1)(
-            config, True, dtype, self.attention_backend
-        )
+        backend = self.attention_backend
+        self.double_blocks = self._stack(DoubleBlock, (config, dtype, backend), config.depth, 2)
+        single = config, True, dtype, backend
+        self.single_blocks = self._stack(SingleBlock, single, config.depth_single_blocks, 1)
         self.final_layer = Dense(
             (config.out_channels,),
             dtype=dtype,
             kernel_init=nn.initializers.zeros if self.zero_init else None,
         )
 
-    def _stack(self, block, length: int, num_scanned: int):
+    def _stack(self, block, arguments, length: int, num_layered: int):
         if self.remat not in REMAT_POLICIES:
             raise ValueError(
                 f"unknown remat policy {self.remat!r}; choose one of {tuple(REMAT_POLICIES)}"
             )
         if self.remat != "none":
             block = nn.remat(block, prevent_cse=False, policy=_remat_policy(self.remat))
-        return nn.scan(
-            block,
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True},
-            in_axes=(1,) * num_scanned + (nn.broadcast, nn.broadcast),
-            length=length,
-        )
+        return make_stack(self.block_form, block, arguments, length, num_layered, num_shared=2)
 
     def __call__(self, img, txt, vec, t, guidance, pe) -> jax.Array:
         """Velocity of all image tokens: [B, L, C]. Arguments as in `modulation` and `denoise`."""
@@ -345,6 +340,12 @@ def init_params(model: MMDiT, key: jax.Array) -> Params:
         guidance,
         jnp.zeros((2, 2, config.head_dim // 2)),
     )["params"]
+
+
+def unstacked(params: Params) -> Params:
+    """Parameters for `block_form` "list", of stacked ones on devices, which are used up."""
+    stacks = ("double_blocks", "single_blocks")
+    return {name: unstack(tree) if name in stacks else tree for name, tree in params.items()}
 
 
 @flax.struct.dataclass
