@@ -21,6 +21,7 @@ import numpy as np
 
 import kontext_jax
 from kontext_jax import images, latents
+from kontext_jax.placement import format_mesh
 from kontext_jax.requests import PreparedRequest, request_to_dict
 from kontext_jax.sampler import initial_noise
 from kontext_jax.stages import OnStep, Stages
@@ -108,9 +109,12 @@ class Pipeline(Stages):
                         yield Failure(index, error)
                     continue
                 # Memory may suffice for one row, and one bad row must not spoil the others.
+                least = self._placement.num_batch_parts
                 for item in wanted:
                     try:
-                        yield from self._edit_batch([item], [Place(1, 0)], texts, on_step)
+                        yield from self._edit_batch(
+                            [item] * least, [Place(least, 0)], texts, on_step
+                        )
                     except Exception as error:
                         yield Failure(item.request_index, error)
 
@@ -126,9 +130,16 @@ class Pipeline(Stages):
                 for item in items:
                     yield [item] * place.batch_size, [place]
                 continue
-            most = self._largest_batch(items[0].prepared)
+            parts = self._placement.num_batch_parts
+            most = self._largest_batch(items[0].prepared) * parts
             num_batches = -(-len(items) // most)
-            size = -(-len(items) // num_batches)
+            size = -(-len(items) // (num_batches * parts)) * parts
+            if len(items) < parts:
+                self._tell(
+                    f"the mesh {format_mesh(self._placement.sizes)} splits a batch in {parts}, of "
+                    f"which {parts - len(items)} hold copies; context or tensor spreads one "
+                    "picture over all devices"
+                )
             for start in range(0, len(items), size):
                 rows = items[start : start + size]
                 wanted = [Place(size, row) for row in range(len(rows))]
@@ -177,15 +188,24 @@ class Pipeline(Stages):
                 position_rule=first.request.position_rule,
                 on_step=on_step,
             )
-            for place in places:
+            for place, image in self._decode_places(final, places, numerics):
                 item = rows[place.row]
-                image = self.decode(final[place.row : place.row + 1], numerics)
-                pixels = latents.model_to_pixels(image[0], numerics.uint8_rule)
+                pixels = latents.model_to_pixels(image, numerics.uint8_rule)
                 if restore := item.prepared.sizes.restore:
                     pixels = images.resize(pixels, *restore.size, box=restore.box)
                 metadata = self._metadata(item, turn, place)
                 yield Result(item.request_index, item.image_index, turn, pixels, metadata)
             references = [final]
+
+    def _decode_places(self, final, places, numerics) -> Iterator[tuple[Place, np.ndarray]]:
+        """The wanted pictures, as many at a time as devices share a batch."""
+        parts = self._placement.num_batch_parts
+        rows_of_part = final.shape[0] // parts
+        for i in range(rows_of_part):
+            wanted = [place for place in places if place.row % rows_of_part == i]
+            if wanted:
+                decoded = self.decode(final[i::rows_of_part], numerics)
+                yield from ((place, decoded[place.row // rows_of_part]) for place in wanted)
 
     def _metadata(self, item: _Item, turn: int, place: Place) -> dict[str, Any]:
         """All that this picture depends on. Its request makes this one picture, as last turn."""
@@ -214,6 +234,7 @@ class Pipeline(Stages):
             "loras": [dataclasses.asdict(lora) for lora in self.bundle.adapters],
             "dtype": self.dtype,
             "tiling": self._tiling,
+            "mesh": self._placement.sizes,
             "device": jax.devices()[0].device_kind,
             "versions": versions(),
         }

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from kontext_jax import compiler_options, conditioning, flow, latents
 from kontext_jax.checkpoint import ModelBundle
@@ -20,6 +21,7 @@ from kontext_jax.models.t5 import T5Encoder
 from kontext_jax.models.vae import VAE
 from kontext_jax.models.vae_tiling import decode_tiled, encode_tiled, vae_peak_bytes
 from kontext_jax.numerics import EXACT, Numerics
+from kontext_jax.placement import Placement, format_mesh
 from kontext_jax.sampler import euler_sample, guided_velocity_fn
 from kontext_jax.tokenizing import Tokenizers
 from kontext_jax.types import Params
@@ -40,6 +42,8 @@ class Stages:
         autoencoder follows a request's numerics. None: float32 on CPU, bfloat16 elsewhere.
       tiling: whether the autoencoder works in tiles: "on", "off", or "auto" where a whole picture
         would need more memory than the device has.
+      mesh: devices to spread every network and batch over, see `kontext_jax.placement`; None for
+        the default device.
       tell: called with lines for the user.
     """
 
@@ -49,6 +53,7 @@ class Stages:
         *,
         dtype: str | None = None,
         tiling: Literal["auto", "on", "off"] = "auto",
+        mesh: Mesh | None = None,
         tell: Callable[[str], None] = lambda line: None,
     ):
         if dtype is None:
@@ -61,6 +66,7 @@ class Stages:
         self.timings = Timings()
         self._compute_dtype = DTYPES[dtype]
         self._tiling = tiling
+        self._placement = Placement(mesh)
         self._tell = tell
         self._executables = Executables(
             self.timings,
@@ -141,7 +147,9 @@ class Stages:
 
         Raises:
           FloatingPointError: the result is not finite.
+          ValueError: B is not divisible by the parts into which the mesh splits a batch.
         """
+        self._check_batch(noise.shape[0])
         params = self._load("mmdit")
         model = MMDiT(self.bundle.components["mmdit"].config, dtype=self._compute_dtype)
         _, latent_height, latent_width, _ = noise.shape
@@ -158,6 +166,9 @@ class Stages:
             dtype=self._compute_dtype,
         )
         x = latents.pack(noise)
+        cond, negative, true_cfg_scale, x = self._placement.place(
+            (cond, negative, true_cfg_scale, x)
+        )
         mu = flow.timestep_mu(x.shape[1]) if self.preset.shift_timesteps else None
         timesteps = flow.timestep_schedule(num_steps, mu)
 
@@ -190,12 +201,16 @@ class Stages:
             return run
 
         key = (model, numerics)
-        prepare = self._compile(("prepare", key), make_prepare, params, cond, negative, timesteps)
+        prepare = self._compile(
+            *(("prepare", key), make_prepare, params, cond, negative, timesteps), batch_axis=1
+        )
         with self.timings.measure("denoise"):
             steps = prepare(params, cond, negative, timesteps)
         given = (params, cond, negative, true_cfg_scale)
         bounds = np.int32(0), np.int32(num_steps)
-        run = self._compile(("run", key), make_run, *given, x, timesteps, steps, *bounds)
+        run = self._compile(
+            *(("run", key), make_run, *given, x, timesteps, steps, *bounds), batch_axis=0
+        )
         with self.timings.measure("denoise"):
             if on_step is None:
                 x = run(*given, x, timesteps, steps, *bounds)
@@ -217,13 +232,19 @@ class Stages:
           FloatingPointError: the result is not finite.
         """
         vae, params = self._vae(numerics.vae_decode_dtype), self._load("vae")
+        batch_axis = None if x.shape[0] % self._placement.num_batch_parts else 0
+        if (where := self._placement.split(batch_axis)) is not None:
+            x = jax.device_put(x, where)
         x = x.astype(jnp.float32 if numerics.unscale_dtype == "float32" else self._compute_dtype)
         if tile_px := self._tile_px(vae, *(side * vae.downsampling for side in x.shape[1:3])):
             with _precise(vae.dtype), self.timings.measure("decode"):
-                image = decode_tiled(vae, params, x, tile_px)
+                rows = [decode_tiled(vae, params, row[None], tile_px) for row in x]
+                image = np.concatenate(rows)
         else:
             program = self._compile(
-                ("decode", vae), lambda: _method(vae, "decode"), params, x, dtype=vae.dtype
+                *(("decode", vae, batch_axis), lambda: _method(vae, "decode"), params, x),
+                dtype=vae.dtype,
+                batch_axis=batch_axis,
             )
             with self.timings.measure("decode"):
                 image = np.asarray(program(params, x), np.float32)
@@ -246,7 +267,9 @@ class Stages:
             # The autoencoder is small and kept exact; each request's numerics cast it.
             dtype = jnp.float32 if kind == "vae" else self._compute_dtype
             with self.timings.measure("load"):
-                params = self.bundle.components[kind].load(dtype=dtype)
+                params = self.bundle.components[kind].load(
+                    dtype=dtype, device=self._placement.weights
+                )
                 self._params[kind] = jax.block_until_ready(params)
         return self._params[kind]
 
@@ -254,10 +277,26 @@ class Stages:
         config = self.bundle.components["vae"].config
         return VAE(config, jnp.float32 if dtype == "float32" else self._compute_dtype)
 
-    def _compile(self, key, make, *args, dtype: Any = None):
-        """The program of `make()`, whose products are as precise as `dtype` (None: the run's)."""
-        with _precise(self._compute_dtype if dtype is None else dtype):
-            return self._executables.get(key, make, *args)
+    def _compile(self, key, make, *args, dtype: Any = None, batch_axis: int | None = None):
+        """The program of `make()`, whose products are as precise as `dtype` (None: the run's).
+
+        Args:
+          batch_axis: of its results; None for results that every device gets.
+        """
+        where = self._placement.split(batch_axis)
+        with _precise(self._compute_dtype if dtype is None else dtype), self._placement.rules():
+            return self._executables.get(
+                key, make, *args, out_shardings=where and (lambda _: where)
+            )
+
+    def _check_batch(self, batch_size: int) -> None:
+        parts = self._placement.num_batch_parts
+        if batch_size % parts:
+            raise ValueError(
+                f"a batch of {batch_size} cannot be split in {parts} on the mesh "
+                f"{format_mesh(self._placement.sizes)}; make the batch a multiple of slices × data "
+                "× fsdp, or spread single pictures over context or tensor"
+            )
 
     def _finite(self, x, what: str):
         """`x`, once it is computed and found finite."""

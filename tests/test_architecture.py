@@ -29,7 +29,7 @@ FLOORS = {
         "checksums",
         "command_line",
     ),
-    1: ("ops", "latents", "flow", "tensor_files", "step_folders"),
+    1: ("placement", "ops", "latents", "flow", "tensor_files", "step_folders"),
     2: (
         "models",
         "tokenizing",
