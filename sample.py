@@ -9,11 +9,13 @@ from pathlib import Path
 
 from kontext_jax.command_line import Parser
 
-DEMO_IMAGE = "example:cat"
-DEMO_PROMPT = "Give the cat a small red bow tie"
+DEMO_IMAGE = "example:shapes"
+DEMO_PROMPT = "make the red circle yellow"
+SHIPPED, UNTRAINED = "tiny", "untrained"  # what --model can name where there are no --weights
 OUTPUTS = Path("outputs")
 EPILOG = """examples:
-  python sample.py                              edits a photograph that ships with the package
+  python sample.py                              edits a picture by the small model of the package;
+                            kontext_jax/assets/models/tiny/README.md says what that one understands
   python sample.py --weights FLUX.1-Kontext-dev --image cat.png --prompt "make the cat black"
   python sample.py --weights W --image a.png --prompt "add a hat" --then "make the hat blue"
   python sample.py --weights W --image me.png --image hat.png --prompt "the man wears the hat"
@@ -94,7 +96,12 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="of a training run, the parameters themselves rather than their average",
     )
-    model.add_argument("--model", metavar="NAME", help="default: what the weights say, or tiny")
+    model.add_argument(
+        "--model",
+        metavar="NAME",
+        help="default: what the weights say; without weights tiny, which ships with the package, "
+        "or untrained, whose pictures mean nothing",
+    )
     model.add_argument(
         "--lora",
         action="append",
@@ -135,20 +142,34 @@ def open_weights(
     from kontext_jax.models.presets import PRESETS
     from kontext_jax.requests import did_you_mean
 
-    if model is not None and model not in PRESETS:
+    without_weights = {
+        SHIPPED: checkpoint.shipped_bundle,
+        UNTRAINED: lambda: checkpoint.untrained_bundle("tiny"),
+    }
+    if weights is None and (model or SHIPPED) in without_weights:
+        return without_weights[model or SHIPPED]()
+    names = tuple(PRESETS) if weights else (*PRESETS, UNTRAINED)
+    if model is not None and model not in names:
         raise ValueError(
-            f"there is no model {model!r}{did_you_mean(model, tuple(PRESETS))}; models are "
-            f"{', '.join(PRESETS)}"
+            f"there is no model {model!r}{did_you_mean(model, names)}; models are "
+            f"{', '.join(names)}"
         )
     if weights is None:
-        if model not in (None, "tiny"):
-            raise ValueError(
-                f"{model} needs its weights; give --weights PATH, or use --model tiny without any"
-            )
-        return checkpoint.untrained_bundle("tiny")
+        raise ValueError(
+            f"{model} needs its weights; give --weights PATH, or use --model {SHIPPED} without any"
+        )
     from convert_weights.runs import open_weights as open_any
 
     return open_any(weights, model, which="params" if raw_params else None, step=step)
+
+
+def model_of(recipe) -> str:
+    """The model that a picture was made by, if it needed no --weights; else its preset."""
+    from kontext_jax import checkpoint
+
+    if recipe.weights == checkpoint.shipped_bundle().identity:
+        return SHIPPED
+    return UNTRAINED if recipe.model == "tiny" else recipe.model
 
 
 def parse_lora(text: str) -> tuple[str, float]:
@@ -237,7 +258,7 @@ def run(given: dict) -> int:
     recipe = runs.read_recipe(Path(recipe_path)) if recipe_path else None
     model = flags.get("model")
     if recipe and not flags.get("weights"):
-        model = model or recipe.model
+        model = model or model_of(recipe)
     bundle = open_weights(
         flags.get("weights"), model, flags.get("raw_params", False), flags.get("checkpoint")
     )
@@ -280,7 +301,7 @@ def run(given: dict) -> int:
     tell(f"model: {source}" if name in source else f"model: {name}, {source}")
     for lora in bundle.adapters:
         tell(f"LoRA: {lora.name}, scale {lora.scale:g}")
-    if "weights" not in flags:
+    if model == UNTRAINED:
         tell("note: untrained: the picture shows that every part runs, it is no edit")
     if not flags.get("no_cache"):
         kept = compiling.keep_compiled_programs(compiling.default_cache_dir())

@@ -148,7 +148,7 @@ def measure_cached(count: int, steps: int, batch_size: int, threads: int) -> dic
 
 def measure_encoding(count: int) -> dict[str, float]:
     """Encoding by the untrained tiny model, 64 pixels, once it is compiled; reading included."""
-    options = ["--model", "tiny", "--buckets", "64x64", "--batch_size", "16", "-q"]
+    options = ["--model", "untrained", "--buckets", "64x64", "--batch_size", "16", "-q"]
     options += ["--dtype", "float32"]
     with tempfile.TemporaryDirectory() as folder:
         encode.main(["scenes:easy:train:16", "--out", f"{folder}/first", *options])

@@ -41,6 +41,9 @@ MANIFEST = "kontext_jax.json"
 KINDS = tuple(CONFIG_CLASSES)
 TOKENIZERS = ("t5", "clip")
 ASSETS = Path(__file__).parent / "assets"
+SHIPPED = ASSETS / "models" / "tiny"  # what the commands use without weights
+# Defaults of a request that a weight directory may give instead of its preset.
+REQUEST_DEFAULTS = ("default_num_steps", "default_true_cfg_scale", "megapixels")
 
 Place = Callable[[str, tuple[int, ...]], "jax.sharding.Sharding"]
 """Path and shape of a parameter → where it goes."""
@@ -266,11 +269,13 @@ def write_manifest(
     source: str,
     licence: str | None,
     shift_timesteps: bool | None = None,
+    defaults: Mapping[str, float] | None = None,
 ) -> None:
     """Writes `kontext_jax.json`, which makes `directory` a weight directory.
 
     Args:
       shift_timesteps: whether the model samples on the shifted grid; None leaves it to the preset.
+      defaults: of a request, for any of REQUEST_DEFAULTS, instead of the preset's.
     """
     write_json(
         directory / MANIFEST,
@@ -281,14 +286,23 @@ def write_manifest(
             "source": source,
             "license": licence,
             "shift_timesteps": shift_timesteps,
+            **({"defaults": dict(defaults)} if defaults else {}),
         },
     )
 
 
-def sampling_rule(manifest: Mapping[str, Any]) -> dict[str, bool]:
-    """Fields of the preset that the weights' own scheduler decides, where it was known."""
-    shift = manifest.get("shift_timesteps")
-    return {} if shift is None else {"shift_timesteps": bool(shift)}
+def sampling_rule(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of the preset that the weights decide: by their scheduler, and by their own defaults.
+
+    Raises:
+      ValueError: a default that does not exist.
+    """
+    shift, defaults = manifest.get("shift_timesteps"), dict(manifest.get("defaults", {}))
+    if unknown := sorted(set(defaults) - set(REQUEST_DEFAULTS)):
+        raise ValueError(
+            f"{MANIFEST}: no default {', '.join(unknown)}; there are {', '.join(REQUEST_DEFAULTS)}"
+        )
+    return ({} if shift is None else {"shift_timesteps": bool(shift)}) | defaults
 
 
 def open_bundle(
@@ -372,6 +386,11 @@ def save_component(directory: str | Path, kind: str, config: Config, params: Par
 
     Path(directory).mkdir(parents=True, exist_ok=True)
     write_folder(Path(directory) / kind, fill)
+
+
+def shipped_bundle() -> ModelBundle:
+    """The small trained model inside the package; its README.md says what it can do."""
+    return open_bundle(SHIPPED)
 
 
 def untrained_bundle(preset_name: str) -> ModelBundle:

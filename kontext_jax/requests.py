@@ -20,7 +20,8 @@ from kontext_jax.models.presets import Preset
 from kontext_jax.numerics import NUMERICS, Numerics
 from kontext_jax.sizes import SizePlan, plan_sizes
 
-EXAMPLES = {"example:cat": "cat.jpg"}  # pictures that ship with the package
+# Pictures that ship with the package.
+EXAMPLES = {"example:cat": "cat.jpg", "example:shapes": "shapes.png"}
 MAX_SEED = 2**32 - 1
 
 
@@ -34,7 +35,7 @@ class SampleRequest:
 
     prompt: str
     negative_prompt: str | None = None  # true classifier-free guidance, with true_cfg_scale
-    true_cfg_scale: float = 1.0  # 1: none
+    true_cfg_scale: float | None = None  # 1: none; None: the model's own
     images: tuple[str, ...] = ()  # files, or names of EXAMPLES
     size: str | None = None  # "WxH", "W:H" or "match"; None: the first reference's
     megapixels: float | None = None  # area of target and references, 10⁶ pixels
@@ -84,16 +85,6 @@ class SampleRequest:
                     f"{_named(field)} is {value!r}{did_you_mean(value, choices)}; "
                     f"expected one of {', '.join(choices)}"
                 )
-        if self.negative_prompt is not None and self.true_cfg_scale == 1:
-            raise ValueError(
-                "a negative prompt has no effect without true classifier-free guidance; give "
-                "true_cfg_scale (--true-cfg) a value above 1, such as 2"
-            )
-        if self.true_cfg_scale > 1 and self.negative_prompt is None:
-            raise ValueError(
-                f"{_named('true_cfg_scale')} is {self.true_cfg_scale:g}, but there is no negative "
-                'prompt to guide away from; add one, or "" for none'
-            )
         if not self.images and self.position_rule != "index" and not self.then:
             raise ValueError(
                 f"{_named('position_rule')} places reference images, and there are none"
@@ -119,7 +110,9 @@ _TYPES = {
     "then": "strings",
 }
 FIELDS = tuple(_TYPES)
-_OPTIONAL = {"negative_prompt", "size", "megapixels", "num_steps", "guidance"}
+_OPTIONAL = {
+    *("negative_prompt", "true_cfg_scale", "size", "megapixels", "num_steps", "guidance"),
+}
 _FLAGS = {"num_steps": "--steps", "true_cfg_scale": "--true-cfg"}
 
 
@@ -191,7 +184,40 @@ def complete(request: SampleRequest, preset: Preset) -> SampleRequest:
     num_steps = request.num_steps
     if num_steps is None:
         num_steps = preset.default_num_steps or numerics.default_num_steps
-    return dataclasses.replace(request, num_steps=num_steps, guidance=guidance)
+    scale, negative_prompt = _complete_cfg(request, preset)
+    return dataclasses.replace(
+        request,
+        num_steps=num_steps,
+        guidance=guidance,
+        true_cfg_scale=scale,
+        negative_prompt=negative_prompt,
+    )
+
+
+def _complete_cfg(request: SampleRequest, preset: Preset) -> tuple[float, str | None]:
+    """Scale and negative prompt of true classifier-free guidance; 1 and None for none.
+
+    Raises:
+      ValueError: only one of them is there.
+    """
+    scale, negative_prompt = request.true_cfg_scale, request.negative_prompt
+    own = preset.default_true_cfg_scale
+    if scale == 1 and not negative_prompt:
+        return 1.0, None
+    scale = own if scale is None else scale
+    if scale == 1 and negative_prompt is not None:
+        raise ValueError(
+            "a negative prompt has no effect without true classifier-free guidance; give "
+            "true_cfg_scale (--true-cfg) a value above 1, such as 2"
+        )
+    if scale > 1 and negative_prompt is None:
+        if own == 1:
+            raise ValueError(
+                f"{_named('true_cfg_scale')} is {scale:g}, but there is no negative prompt to "
+                'guide away from; add one, or "" for none'
+            )
+        negative_prompt = ""
+    return scale, negative_prompt
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 SIZES = ((32, 32), (48, 32))
-OPTIONS = ["--model", "tiny", "--buckets", "32x32", "48x32", "--batch_size", "4", "-q"]
+OPTIONS = ["--model", "untrained", "--buckets", "32x32", "48x32", "--batch_size", "4", "-q"]
 
 
 class HandEncoders:

@@ -54,8 +54,6 @@ def test_a_request_survives_json():
         ({"numerics": "difusers"}, "did you mean diffusers"),
         ({"position_rule": "indx"}, "did you mean index"),
         ({"reference_size": "own"}, "expected one of auto, match"),
-        ({"negative_prompt": "dull"}, "has no effect"),
-        ({"true_cfg_scale": 2}, "no negative prompt"),
         ({"true_cfg_scale": 0.5, "negative_prompt": "dull"}, "expected 1 to"),
         ({"position_rule": "width"}, "there are none"),
         ({"num_step": 3}, "unknown key 'num_step' .did you mean num_steps"),
@@ -66,6 +64,32 @@ def test_bad_values_are_refused(values, said):
     with pytest.raises(ValueError, match=said) as caught:
         request_from_dict({"prompt": "make it red"} | values)
     assert "\n" not in str(caught.value)
+
+
+def test_guidance_away_from_a_prompt_is_completed_by_the_model():
+    plain = PRESETS["kontext-base"]
+    guided = dataclasses.replace(plain, default_true_cfg_scale=2.5)
+
+    def completed(preset, **options):
+        request = complete(SampleRequest("x", **options), preset)
+        assert complete(request, preset) == request  # as when a picture is made again
+        return request.true_cfg_scale, request.negative_prompt
+
+    assert completed(plain) == (1, None)
+    assert completed(plain, true_cfg_scale=2.0, negative_prompt="") == (2, "")
+    assert completed(guided) == (2.5, "")
+    assert completed(guided, true_cfg_scale=4.0) == (4, "")
+    assert completed(guided, negative_prompt="dull") == (2.5, "dull")
+    assert completed(guided, true_cfg_scale=1.0) == (1, None)
+    assert completed(guided, true_cfg_scale=1.0, negative_prompt="") == (1, None)
+    for preset, options, said in (
+        (plain, {"negative_prompt": "dull"}, "has no effect"),
+        (plain, {"negative_prompt": ""}, "has no effect"),
+        (plain, {"true_cfg_scale": 2.0}, "no negative prompt"),
+        (guided, {"true_cfg_scale": 1.0, "negative_prompt": "dull"}, "has no effect"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            completed(preset, **options)
 
 
 def test_a_prompt_is_needed():

@@ -1,5 +1,6 @@
 """`python sample.py` as a user types it: what is printed, written and returned."""
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -17,12 +18,15 @@ from PIL import Image
 from convert_weights.lora_export import write_lora
 from kontext_jax import checkpoint, images, runs
 from kontext_jax.compiling import CACHE_VARIABLE
+from kontext_jax.data.scenes import WORLDS
+from kontext_jax.evaluation.scene_parser import parse
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.requests import find_image
 from tests.lora_helpers import draw_adapter
 
 SCRIPT = Path(__file__).parents[1] / "sample.py"
-SMALL = ["--steps", "1", "--megapixels", "0.004096"]
+TINY = ["--steps", "1", "--megapixels", "0.004096"]
+SMALL = ["--model", "untrained", *TINY]
 CAT = str(find_image("example:cat"))
 
 
@@ -71,10 +75,10 @@ def files(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-def test_one_command_edits_the_photograph_that_ships(tmp_path):
+def test_one_command_edits_the_picture_that_ships(tmp_path):
     environment = {**os.environ, CACHE_VARIABLE: str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, SCRIPT, *SMALL, "--show", "timings"],
+        [sys.executable, SCRIPT, "--show", "timings"],
         cwd=tmp_path,
         env=environment | {"PYTHONPATH": str(SCRIPT.parent)},
         capture_output=True,
@@ -83,13 +87,36 @@ def test_one_command_edits_the_photograph_that_ships(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     lines = done.stdout.splitlines()
-    assert "untrained" in done.stdout and str(tmp_path / "cache") in done.stdout
-    assert any(line.startswith("example:cat 451×300 → reference 64×48 (Lanczos") for line in lines)
-    assert "wrote outputs/edit-001.png (64×48, seed 0)" in lines
+    assert "untrained" not in done.stdout and str(tmp_path / "cache") in done.stdout
+    assert any(
+        line.startswith("example:shapes 64×64 → reference 64×64 (as it is") for line in lines
+    )
+    assert "wrote outputs/edit-001.png (64×64, seed 0)" in lines
     stages = [line.split()[0] for line in lines if line.startswith("  ")]
     assert set(stages) == {"load", "compile", "encode", "denoise", "decode", "write", "total"}
-    assert Image.open(tmp_path / "outputs" / "edit-001.png").size == (64, 48)
     assert any((tmp_path / "cache").iterdir())
+    asked = images.read_metadata(tmp_path / "outputs" / "edit-001.png")["request"]
+    assert (asked["true_cfg_scale"], asked["negative_prompt"]) == (2.5, "")  # the model's own
+    made = images.load_picture(tmp_path / "outputs" / "edit-001.png").pixels
+    before = parse(images.load_picture(find_image("example:shapes")).pixels, WORLDS["easy"])
+    after = [dataclasses.replace(t, colour="yellow") if t.colour == "red" else t
+             for t in before.things]  # fmt: skip
+    assert parse(made, WORLDS["easy"]) == dataclasses.replace(before, things=tuple(after))
+
+
+def test_an_untrained_model_is_said_to_be_one(cli):
+    status, out, _ = cli(*SMALL, "--image", CAT, "--prompt", "red", "-o", "a.png")
+    assert status == 0 and "untrained: the picture shows that every part runs" in out
+    assert any(x.startswith(f"{CAT} 451×300 → reference 64×48 (Lanczos") for x in out.splitlines())
+    assert "wrote a.png (64×48, seed 0)" in out
+
+
+def test_the_model_that_ships_is_found_again_from_its_picture(cli):
+    assert cli(*TINY, "-o", "a.png")[0] == 0
+    status, out, err = cli("--from-metadata", "a.png", "-o", "b.png")
+    assert (status, err) == (0, "") and "making a.png again" in out
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    assert images.read_metadata("a.png")["weights"] == checkpoint.shipped_bundle().identity
 
 
 def test_turns_and_seeds_are_written_and_each_is_made_again_bit_for_bit(cli, tmp_path):
@@ -184,6 +211,11 @@ BAD_INPUT = {
     "restoring without image": (["--prompt", "x", "--restore-size"], "needs an image"),
     "two sources": (["--jobs", "a", "--from-metadata", "b"], "cannot be used together"),
     "flags with jobs": (["--jobs", "a", "--seed", "1"], "belongs into the file"),
+    "untrained weights": (["--weights", "w", "--model", "untrained"], "there is no model"),
+    "negative prompt alone": (
+        ["--model", "untrained", "--prompt", "x", "--negative-prompt", "y"],
+        "has no effect",
+    ),
     "missing LoRA": (["--lora", "none.safetensors:0.5"], "there is no file none.safetensors"),
     "LoRA's scale": (["--lora", "in.png:strong"], "the scale is 'strong'"),
     "a picture as LoRA": (["--lora", "in.png"], "not a sound safetensors file"),
@@ -222,7 +254,7 @@ def save_weights(folder: Path, preset: str, spoil: str | None = None) -> None:
 
 def test_converted_weights_are_used_and_must_be_those_of_the_model(cli, tmp_path):
     save_weights(tmp_path / "w", "tiny")
-    status, out, err = cli(*SMALL, "--weights", "w", "-o", "a.png")
+    status, out, err = cli(*TINY, "--weights", "w", "-o", "a.png")
     assert (status, err) == (0, "") and "untrained:" not in out
     assert cli(*SMALL, "-o", "b.png")[0] == 0
     a, b = (images.load_picture(name).pixels for name in ("a.png", "b.png"))
@@ -289,7 +321,7 @@ def test_models_of_text_only_are_not_asked_to_edit(cli, tmp_path):
 
 def test_nan_in_weights_is_refused(cli, tmp_path):
     save_weights(tmp_path / "w", "tiny", spoil="mmdit")
-    status, _, err = cli(*SMALL, "--weights", "w", "-o", "a.png")
+    status, _, err = cli(*TINY, "--weights", "w", "-o", "a.png")
     assert status == 2 and "NaN" in err and "mmdit" in err
     assert not (tmp_path / "a.png").exists()
 

@@ -2,7 +2,7 @@
 
     python -m kontext_jax.data.encode edits/ --weights W --out edits-encoded
     python -m kontext_jax.data.encode a.parquet b.tar --weights W --out DIR --flip --variants 2
-    python -m kontext_jax.data.encode edits/ --model tiny --resolution 64 --out DIR
+    python -m kontext_jax.data.encode edits/ --model untrained --resolution 64 --out DIR
     python train.py --config configs/kontext_dev.py --config.data.cache=DIR
 
 Writes latents and text features as ArrayRecord. A run that was interrupted goes on by the same
@@ -56,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--autoencoder_weights", metavar="PATH", help="another autoencoder than that of --weights"
     )
-    parser.add_argument("--model", metavar="NAME", help="tiny: untrained, without --weights")
+    parser.add_argument("--model", metavar="NAME", help="untrained: no --weights, to try it out")
     parser.add_argument("--max_text_tokens", type=int, help="of T5; default: what the model takes")
     parser.add_argument(
         "--dtype",
@@ -204,12 +204,12 @@ def open_encoders(
 
     if weights is not None:
         bundle = open_weights(weights, model, complete=False)
-    elif model == "tiny":
+    elif model == "untrained":
         bundle = untrained_bundle("tiny")
     else:
         raise ValueError(
             "no weights are named, and latents of untrained ones mean nothing; give --weights PATH "
-            "(or --model tiny, to try the command out)"
+            "(or --model untrained, to try the command out)"
         )
     if autoencoder_weights is None:
         return bundle

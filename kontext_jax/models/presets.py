@@ -122,6 +122,7 @@ class Preset:
     shift_timesteps: bool = True  # schnell samples on the unshifted grid
     default_num_steps: int | None = None  # None: the numerics' default
     default_guidance: float | None = None  # likewise; unused without guidance_embed
+    default_true_cfg_scale: float = 1.0  # above 1: guided away from the empty prompt
     max_text_tokens: int = 512
     megapixels: float = 1.048576  # area of pictures when a request names no size
     takes_references: bool = True

@@ -1,0 +1,212 @@
+"""Puts a trained small model into the package, with a model card made from its own figures.
+
+    python tools/pack_tiny.py --weights RUN --figures FILE.json --out kontext_jax/assets/models/tiny
+
+RUN is a run's folder or a weight directory; FILE.json is what `kontext_jax.evaluation.edits` or
+`tools/tiny_report.py` wrote about the same weights. Transformer and text encoders are stored in
+bfloat16, the autoencoder, which always computes in float32, as it is.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from convert_weights.runs import open_weights
+from kontext_jax.checkpoint import (
+    KINDS,
+    ModelBundle,
+    open_params,
+    save_component,
+    write_manifest,
+)
+from kontext_jax.data import photo_edits, photos
+from kontext_jax.data.scenes import WORLDS
+from kontext_jax.tensor_writing import write_folder
+from kontext_jax.training_bundle import is_run, open_run
+
+LARGEST_BYTES = 32 * 2**20
+DTYPES = {"mmdit": jnp.bfloat16, "t5": jnp.bfloat16, "clip": jnp.bfloat16, "vae": jnp.float32}
+SPLITS = {"seen": "combinations seen in training", "held_out": "held-out combinations"}
+
+
+def count_parameters(folder: Path) -> dict[str, int]:
+    """Parameters of each network in a weight directory."""
+    counts = {}
+    for kind in KINDS:
+        with open_params(folder, kind) as file:
+            counts[kind] = sum(math.prod(info.shape) for info in file.tensors.values())
+    return counts
+
+
+def figures_table(report: Mapping) -> list[str]:
+    """Success and preservation on scenes, in Markdown."""
+    lines = ["| | success % | PSNR outside the edit, dB | text to image, whole scene % |"]
+    lines.append("|---|---|---|---|")
+    for split, rows in report.items():
+        exact = rows["text to image"]
+        for name, row in rows.items():
+            if name == "text to image":
+                continue
+            success, psnr = row["success"], row["psnr"]
+            cells = [
+                f"{SPLITS[split]}: {name}",
+                f"{success['percent']:.1f} [{success['low']:.1f}, {success['high']:.1f}]",
+                f"{psnr['mean']:.1f} ± {psnr['half_width']:.1f}",
+                f"{exact['percent']:.1f} [{exact['low']:.1f}, {exact['high']:.1f}]"
+                if name.startswith("model")
+                else "",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def scene_phrases() -> list[str]:
+    world = WORLDS["easy"]
+    return [
+        f"objects: {', '.join(world.shapes)} in {', '.join(world.colours)}, big or small; "
+        f"backgrounds: {', '.join(world.backgrounds)}; places: top left, top, top right, left, "
+        "center, …",
+        "`make the red circle yellow`, `remove the red circle`, `turn the red circle into a "
+        "cross`, `move the red circle to the bottom left`, `add a big red circle at the top left`, "
+        "`make the background pink`, `keep the picture`",
+        "text to image: `big red circle top left, small blue square center, pink background`",
+    ]
+
+
+def photo_phrases() -> list[str]:
+    whole = [f"`{text}`" for edits in photo_edits.PICTURE_EDITS.values() for text in edits]
+    return [f"of photographs: {', '.join(whole)}, and the edits of objects above, drawn onto them"]
+
+
+def photo_credits() -> list[str]:
+    return [
+        f"| {p.name} | `{p.package}` | {p.author} | {p.licence} | {p.split.replace('_', ' ')} |"
+        for p in photos.PHOTOS
+    ]
+
+
+def card(
+    bundle: ModelBundle,
+    source: str,
+    counts: Mapping[str, int],
+    content: Mapping,
+    steps: int,
+    cfg: float,
+) -> str:
+    """The model card."""
+    with_photos = "photos" in content
+    names = {"mmdit": "transformer", "vae": "autoencoder", "t5": "T5", "clip": "CLIP"}
+    sizes = ", ".join(f"{names[kind]} {count / 1e6:.2f} million" for kind, count in counts.items())
+    side = round((bundle.preset.megapixels * 1e6) ** 0.5)
+    settings = content["settings"]
+    world = "drawn scenes and photographs" if with_photos else "drawn scenes"
+    lines = [
+        "# The tiny Kontext",
+        "",
+        "A FLUX.1 Kontext in small, trained from nothing by this project on CPU cores: the same",
+        "classes and the same code as the model of 12 billion parameters. `python sample.py` uses",
+        "it.",
+        "",
+        f"- **What it is.** {source[0].upper()}{source[1:]}. Parameters: {sizes}.",
+        "  Text encoders are drawn at random and not trained.",
+        f"- **What it takes.** Pictures of about {side}×{side} pixels (others are resized), "
+        f"{steps} steps, classifier-free",
+        f"  guidance of {cfg:g} away from the empty prompt; these are the defaults.",
+        "- **What it was trained on.** Scenes drawn by `kontext_jax/data/scenes.py`"
+        + (
+            ", and crops of the photographs below that are\n  marked train."
+            if with_photos
+            else "; it has never seen a photograph."
+        ),
+        "- **What it understands.** A few dozen words:",
+        *[f"  - {line}" for line in scene_phrases() + (photo_phrases() if with_photos else [])],
+        "- **Licence.** Apache-2.0, as the code.",
+        "- **Recipe.** docs/learning.md, with the commands that make it again.",
+        "",
+        "## Figures",
+        "",
+        f"{settings['num']} edits of each split, {settings['steps']} Euler steps; an edit succeeds",
+        "if the whole scene, read back from the pixels, is the target. “copy” returns the source,",
+        "“autoencoder” is the target encoded and decoded, “text only” the model without its",
+        "reference. 95 % intervals in brackets and after ±.",
+        "",
+        *figures_table(content["report"]),
+        "",
+    ]
+    if with_photos:
+        row = content["photos"]["rows"]
+        lines += [
+            f"Edits of photographs that it never saw ({content['photos']['count']}): the result is "
+            "nearer to what was",
+            "asked for than to anything that another instruction asks for in "
+            + ", ".join(f"{r['success']['percent']:.1f} % ({name})" for name, r in row.items())
+            + ".",
+            "",
+        ]
+    lines += [
+        "## Limits",
+        "",
+        f"It edits {world} in the words above and nothing else: other words do something, but not",
+        f"what they say. Pictures are {side} pixels a side, and softer than what went in. It makes",
+        "mistakes as often as the table says, most with several objects.",
+        "",
+    ]
+    if with_photos:
+        lines += [
+            "## Photographs",
+            "",
+            "| name | package | author | licence | used to |",
+            "|---|---|---|---|---|",
+            *photo_credits(),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", required=True, metavar="RUN")
+    parser.add_argument("--figures", required=True, type=Path, metavar="FILE.json")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    args = parser.parse_args(argv)
+
+    content = json.loads(args.figures.read_text("utf-8"))
+    bundle = open_weights(args.weights)
+    if content["weights"] != bundle.identity:
+        raise SystemExit(f"{args.figures} is about other weights than {args.weights}; measure them")
+    steps, cfg = content["settings"]["steps"], content["settings"]["cfg"]
+    source = "trained from nothing by kontext_jax (docs/learning.md)"
+    if is_run(args.weights):
+        source += f", {open_run(args.weights).step} steps of joint training"
+
+    def fill(folder: Path) -> None:
+        for kind in KINDS:
+            component = bundle.components[kind]
+            save_component(folder, kind, component.config, component.load(dtype=DTYPES[kind]))
+        for name, files in bundle.tokenizer_dirs.items():
+            target = folder / "tokenizers" / name
+            target.mkdir(parents=True)
+            for file in sorted(files.iterdir()):
+                (target / file.name).write_bytes(file.read_bytes())
+        defaults = {
+            "default_num_steps": steps,
+            "default_true_cfg_scale": cfg,
+            "megapixels": bundle.preset.megapixels,
+        }
+        write_manifest(folder, bundle.preset.name, KINDS, source, "Apache-2.0", defaults=defaults)
+        text = card(bundle, source, count_parameters(folder), content, steps, cfg)
+        (folder / "README.md").write_text(text, "utf-8")
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        if size > LARGEST_BYTES:
+            raise SystemExit(f"{size / 2**20:.1f} MiB; a model in the package may have 32 MiB")
+        print(f"{args.out}: {size / 2**20:.1f} MiB")
+
+    write_folder(args.out, fill)
+
+
+if __name__ == "__main__":
+    main()
