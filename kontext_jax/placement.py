@@ -12,7 +12,7 @@ copied to every device.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,7 +43,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     return {name: sizes[name] for name in MESH_NAMES if sizes.get(name, 1) > 1}
 
 
-def sampling_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh | None:
+def sampling_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh | None:
     """A mesh of the first devices, as many as it takes; None if that is one.
 
     Args:
@@ -67,7 +67,12 @@ def sampling_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -
     return sharding.make_mesh(MeshConfig(**{"fsdp": 1, **sizes}), devices[:needed])
 
 
-def format_mesh(sizes: dict[str, int]) -> str:
+def num_batch_parts(sizes: Mapping[str, int]) -> int:
+    """Devices, or groups of them, that make different pictures of a batch."""
+    return math.prod(sizes.get(name, 1) for name in ("slices", "data", "fsdp"))
+
+
+def format_mesh(sizes: Mapping[str, int]) -> str:
     """Inverse of `parse_mesh`; data=1 for a single device."""
     return ",".join(f"{name}={size}" for name, size in sizes.items()) or "data=1"
 
@@ -80,8 +85,7 @@ class Placement:
 
     @property
     def num_batch_parts(self) -> int:
-        """Devices, or groups of them, that make different pictures of a batch."""
-        return 1 if self.mesh is None else sharding.num_batch_shards(self.mesh)
+        return num_batch_parts(self.sizes)
 
     @property
     def sizes(self) -> dict[str, int]:

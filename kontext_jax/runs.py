@@ -17,6 +17,7 @@ from kontext_jax import images
 from kontext_jax.adapters import AppliedAdapter
 from kontext_jax.models.presets import Preset
 from kontext_jax.pipeline import MAX_BATCH, METADATA_FORMAT, Failure, Pipeline, Place, versions
+from kontext_jax.placement import format_mesh, num_batch_parts, parse_mesh
 from kontext_jax.requests import (
     Job,
     PreparedRequest,
@@ -198,6 +199,7 @@ class Recipe:
     tiling: str
     device: str
     versions: Mapping[str, str]
+    mesh: Mapping[str, int]
     loras: tuple[AppliedAdapter, ...] = ()
 
 
@@ -217,7 +219,8 @@ def read_recipe(path: Path) -> Recipe:
     try:
         request = request_from_dict(metadata["request"])
         place = Place(int(metadata["place"]["batch_size"]), int(metadata["place"]["row"]))
-        if not 0 <= place.row < place.batch_size <= MAX_BATCH:
+        mesh = parse_mesh(format_mesh(metadata.get("mesh", {})))
+        if not 0 <= place.row < place.batch_size <= MAX_BATCH * num_batch_parts(mesh):
             raise ValueError(f"place {place} is impossible")
         texts = {
             name: str(metadata[name]) for name in ("model", "weights", "dtype", "tiling", "device")
@@ -232,6 +235,7 @@ def read_recipe(path: Path) -> Recipe:
         return Recipe(
             *(path, request, hashes, place),
             versions=dict(metadata["versions"]),
+            mesh=mesh,
             loras=loras,
             **texts,
         )
