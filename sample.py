@@ -22,6 +22,7 @@ EPILOG = """examples:
   python sample.py --weights W --image phone.jpg --prompt "at night" --restore-size -o night.png
   python sample.py --weights W --lora hats.safetensors --lora ink.safetensors:0.7 --image me.png …
   python sample.py --weights W --jobs jobs.jsonl -o results/
+  python sample.py --weights W --mesh context=4 --image cat.png --prompt "make the cat black"
   python sample.py --weights W --from-metadata night.png -o again.png
 
 A line of a jobs file is {"prompt": "…", "images": ["cat.png"], "seed": 7, "output": "x.png"}: the
@@ -114,6 +115,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--tile",
         choices=("auto", "on", "off"),
         help="autoencoder in tiles, for large pictures in little memory (default auto)",
+    )
+
+    model.add_argument(
+        "--mesh",
+        metavar="AXIS=N,…",
+        help="several devices: data=N for many pictures; context=N (tokens) or tensor=N (weights "
+        "too) for one; fsdp=N as data, with split weights",
     )
 
     run = parser.add_argument_group("run")
@@ -246,6 +254,7 @@ def run(given: dict) -> int:
 
     from kontext_jax import compiling, runs
     from kontext_jax.pipeline import Pipeline
+    from kontext_jax.placement import format_mesh, parse_mesh, sampling_mesh
 
     def tell(line: str) -> None:
         if not quiet:
@@ -269,11 +278,16 @@ def run(given: dict) -> int:
         )
     bundle, same_loras = add_loras(bundle, flags.get("lora"), recipe)
     dtype, tiling = flags.get("dtype"), flags.get("tile", "auto")
+    mesh_sizes = recipe.mesh if recipe else {}
+    if "mesh" in flags:
+        mesh_sizes = parse_mesh(flags["mesh"])
+    mesh = sampling_mesh(mesh_sizes)
     prepared = base = place = None
     if recipe:
         prepared, same = runs.prepare_again(recipe, bundle.preset, fields)
         dtype, tiling = dtype or recipe.dtype, flags.get("tile", recipe.tiling)
         same = same and same_loras and (dtype, tiling) == (recipe.dtype, recipe.tiling)
+        same = same and mesh_sizes == recipe.mesh
         place = recipe.place if same else None
     elif not jobs:
         if "prompt" not in fields and "images" not in fields:
@@ -294,6 +308,7 @@ def run(given: dict) -> int:
         bundle,
         dtype=dtype,
         tiling=tiling,
+        mesh=mesh,
         keep_text_encoders=False,
         tell=lambda line: tell(f"note: {line}"),
     )
@@ -301,6 +316,8 @@ def run(given: dict) -> int:
     tell(f"model: {source}" if name in source else f"model: {name}, {source}")
     for lora in bundle.adapters:
         tell(f"LoRA: {lora.name}, scale {lora.scale:g}")
+    if mesh is not None:
+        tell(f"mesh: {format_mesh(mesh_sizes)} of {mesh.size} devices")
     if model == UNTRAINED:
         tell("note: untrained: the picture shows that every part runs, it is no edit")
     if not flags.get("no_cache"):
