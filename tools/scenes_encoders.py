@@ -2,7 +2,7 @@
 
     python tools/scenes_encoders.py --autoencoder runs/scenes_vae --out runs/scenes_encoders
 
-The autoencoder comes from its run; the mean and spread of its latents over scenes that may be
+The autoencoder comes from its run; the mean and spread of its latents over pictures that may be
 trained on become its `latent_shift` and `latent_scale`, so that the transformer sees numbers of
 variance 1. T5 and CLIP are drawn, not trained. T5's words would know little of their neighbours,
 and FLUX's transformer has no positions for text at all; so its attention looks where its relative
@@ -22,17 +22,17 @@ import numpy as np
 from convert_weights.runs import open_weights
 from kontext_jax.checkpoint import ASSETS, TOKENIZERS, save_component, write_manifest
 from kontext_jax.conditioning import encode_text
+from kontext_jax.data.photo_edits import PhotoSource
 from kontext_jax.data.scenes import CAPTION, WORLDS, SceneSource, World, render
 from kontext_jax.latents import pixels_to_model
 from kontext_jax.models.clip import CLIPText
-from kontext_jax.models.presets import PRESETS, CLIPConfig, T5Config
+from kontext_jax.models.presets import PRESETS, CLIPConfig, Preset, T5Config
 from kontext_jax.models.t5 import T5Encoder
 from kontext_jax.models.vae import VAE
 from kontext_jax.tensor_writing import write_folder
 from kontext_jax.tokenizing import Tokenizers
 from kontext_jax.types import Params
 
-PRESET = "tiny-scenes"
 LOOKS_AT = (-1, 1, -2, 2)  # words from each of T5's heads
 ATTENTION_BIAS = 8.0
 
@@ -52,25 +52,32 @@ def draw_text_encoders(t5: T5Config, clip: CLIPConfig, seed: int = 0) -> tuple[P
     return t5_params, clip_params
 
 
-def latent_moments(vae: VAE, params: Params, world: World, count: int = 1000) -> tuple:
-    """Mean and standard deviation of the unscaled latents of scenes that may be trained on."""
+def latent_moments(vae: VAE, params: Params, pictures: Sequence[np.ndarray]) -> tuple:
+    """Mean and standard deviation of the unscaled latents of pictures of one size."""
     encode = jax.jit(lambda p, x: vae.apply({"params": p}, x, method="moments")[0])
-    source = SceneSource(world, "train", count=count)
-    means = []
-    for start in range(0, count, 50):
-        batch = [render(source[i].target, world.size_px) for i in range(start, start + 50)]
-        means.append(np.asarray(encode(params, pixels_to_model(np.stack(batch)))))
-    means = np.concatenate(means)
+    batches = np.stack(pictures).reshape(-1, 50, *pictures[0].shape)
+    means = np.stack([encode(params, pixels_to_model(batch)) for batch in batches])
     return float(means.mean()), float(means.std())
 
 
-def probe(world: World, t5: Params, clip: Params, tokenizers: Tokenizers) -> dict[str, float]:
+def training_pictures(world: World, num_scenes: int, num_photos: int) -> list[np.ndarray]:
+    """Scenes and square crops that may be trained on, as edits leave them."""
+    scenes = SceneSource(world, "train", count=num_scenes)
+    pictures = [render(scenes[i].target, world.size_px) for i in range(num_scenes)]
+    if num_photos:
+        crops = PhotoSource("train", count=num_photos, side_px=world.size_px, square=True)
+        pictures += [crops[i].target for i in range(num_photos)]
+    return pictures
+
+
+def probe(
+    preset: Preset, world: World, t5: Params, clip: Params, tokenizers: Tokenizers
+) -> dict[str, float]:
     """How often a linear map reads a word's neighbour off T5's feature of the word, held-out texts.
 
     Returns:
       Rate for each offset from -2 to 2.
     """
-    preset = PRESETS[PRESET]
     source = SceneSource(dataclasses.replace(world, kinds=(*world.kinds, CAPTION)), count=2000)
     prompts = sorted({source[i].text for i in range(len(source))})
     ids, _ = tokenizers.tokenize(prompts, preset.max_text_tokens)
@@ -98,14 +105,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--autoencoder", required=True, metavar="RUN", help="of scenes_vae.py")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     parser.add_argument("--world", default="easy", choices=sorted(WORLDS))
+    parser.add_argument("--preset", default="tiny-scenes", choices=("tiny-scenes", "tiny-kontext"))
+    parser.add_argument("--photos", action="store_true", help="the autoencoder has learnt them too")
     parser.add_argument("--probe", action="store_true", help="measure the text features as well")
     args = parser.parse_args(argv)
-    preset, world = PRESETS[PRESET], WORLDS[args.world]
+    preset, world = PRESETS[args.preset], WORLDS[args.world]
 
     component = open_weights(args.autoencoder, complete=False).components["vae"]
     params = component.load(dtype=jnp.float32)
     plain = dataclasses.replace(component.config, latent_scale=1.0, latent_shift=0.0)
-    shift, std = latent_moments(VAE(plain), params, world)
+    pictures = training_pictures(world, 1000, 1000 if args.photos else 0)
+    shift, std = latent_moments(VAE(plain), params, pictures)
     config = dataclasses.replace(plain, latent_scale=1 / std, latent_shift=shift)
     print(f"latents: mean {shift:.4f}, standard deviation {std:.4f}")
     t5, clip = draw_text_encoders(preset.t5, preset.clip)
@@ -119,14 +129,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             target.mkdir(parents=True)
             for file in sorted((ASSETS / "tokenizers" / name).iterdir()):
                 (target / file.name).write_bytes(file.read_bytes())
-        source = "autoencoder trained on drawn scenes; text encoders drawn at random"
-        write_manifest(folder, PRESET, ("vae", "t5", "clip"), source, "Apache-2.0")
+        learnt = "drawn scenes and photographs" if args.photos else "drawn scenes"
+        source = f"autoencoder trained on {learnt}; text encoders drawn at random"
+        write_manifest(folder, preset.name, ("vae", "t5", "clip"), source, "Apache-2.0")
 
     write_folder(args.out, fill)
     print(f"wrote {args.out}")
     if args.probe:
         folders = {name: args.out / "tokenizers" / name for name in TOKENIZERS}
-        for offset, rate in probe(world, t5, clip, Tokenizers(**folders)).items():
+        for offset, rate in probe(preset, world, t5, clip, Tokenizers(**folders)).items():
             print(f"word at {offset}: {100 * rate:.1f} %")
 
 

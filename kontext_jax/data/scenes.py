@@ -136,6 +136,7 @@ _EASY = World(
 WORLDS = {
     "easy": _EASY,
     "full": World(),
+    "easy-captions": dataclasses.replace(_EASY, kinds=(CAPTION,)),
     # Captioned pictures of up to nine objects, from which an autoencoder learns sooner.
     "easy-crowded": dataclasses.replace(_EASY, max_things=9, kinds=(CAPTION,)),
     "full-crowded": World(max_things=9, kinds=(CAPTION,)),

@@ -139,6 +139,36 @@ _TINY_MMDIT = MMDiTConfig(
     axes_dim=(8, 12, 12),
 )
 
+_SMALL_MMDIT = dataclasses.replace(
+    _TINY_MMDIT, vec_in_dim=128, context_in_dim=128, guidance_embed=False
+)
+_SCENES = Preset(  # learns the scenes of `kontext_jax.data.scenes` on two CPU cores
+    "tiny-scenes",
+    _SMALL_MMDIT,
+    vae=VAEConfig(ch=48, ch_mult=(1, 1), num_res_blocks=1, norm_groups=8, patch=4),
+    t5=T5Config(vocab_size=1024, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4),
+    clip=CLIPConfig(
+        vocab_size=1024,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    ),
+    shift_timesteps=False,
+    default_num_steps=20,
+    max_text_tokens=16,
+    megapixels=0.004096,
+)
+_SMALL = (
+    _SCENES,
+    dataclasses.replace(  # learns photographs too (configs/tiny_kontext.py)
+        _SCENES,
+        name="tiny-kontext",
+        mmdit=dataclasses.replace(_SMALL_MMDIT, hidden_size=192, num_heads=6),
+        vae=dataclasses.replace(_SCENES.vae, ch=64),
+    ),
+)
+
 PRESETS = {
     preset.name: preset
     for preset in (
@@ -185,24 +215,6 @@ PRESETS = {
             max_text_tokens=128,
             megapixels=0.065536,
         ),
-        Preset(  # learns the scenes of `kontext_jax.data.scenes` on two CPU cores
-            "tiny-scenes",
-            dataclasses.replace(
-                _TINY_MMDIT, vec_in_dim=128, context_in_dim=128, guidance_embed=False
-            ),
-            vae=VAEConfig(ch=48, ch_mult=(1, 1), num_res_blocks=1, norm_groups=8, patch=4),
-            t5=T5Config(vocab_size=1024, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4),
-            clip=CLIPConfig(
-                vocab_size=1024,
-                hidden_size=128,
-                intermediate_size=256,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-            ),
-            shift_timesteps=False,
-            default_num_steps=20,
-            max_text_tokens=16,
-            megapixels=0.004096,
-        ),
+        *_SMALL,
     )
 }
