@@ -67,6 +67,8 @@ class _BlockList(nn.Module):
         layered, shared = inputs[: self.num_layered], inputs[self.num_layered :]
         for i in range(self.length):
             carry, _ = self.make_block(str(i))(carry, *(x[:, i] for x in layered), *shared)
+            # Or XLA sums a residual again wherever it is read, and keeps all its terms until then.
+            carry = jax.lax.optimization_barrier(carry)
         return carry, None
 
 

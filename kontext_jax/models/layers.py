@@ -178,8 +178,13 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         x = x.astype(jnp.float32)
-        x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + NORM_EPS)
-        return x * scale.astype(jnp.float32)
+        factor = lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + NORM_EPS)
+        # On GPU the norm would become a kernel of its own and write its float32 result; kept apart,
+        # the products join the rotation that follows.
+        factor = lax.platform_dependent(
+            factor, cuda=lax.optimization_barrier, default=lambda factor: factor
+        )
+        return x * factor * scale.astype(jnp.float32)
 
 
 def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
