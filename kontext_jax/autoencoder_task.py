@@ -10,16 +10,55 @@ from jax.sharding import Mesh
 from kontext_jax import latents
 from kontext_jax.checkpoint import Place
 from kontext_jax.data.batches import ImageBatch
+from kontext_jax.models.discriminators import PatchDiscriminator
+from kontext_jax.models.perceptual import NETS, Perceptual
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.models.vae import VAE
-from kontext_jax.objectives.autoencoder import PictureBatch, make_autoencoder
-from kontext_jax.objectives.base import Objective
+from kontext_jax.objectives.adversarial import Adversary
+from kontext_jax.objectives.autoencoder import (
+    Coder,
+    PictureBatch,
+    make_autoencoder,
+    start_autoencoder,
+)
+from kontext_jax.objectives.base import Objective, use_key
 from kontext_jax.optimizer import make_optimizer, make_schedule
+from kontext_jax.perceptual_weights import load_perceptual, perceptual_dir, perceptual_shapes
 from kontext_jax.sharding import shard_batch
 from kontext_jax.train_config import TrainConfig
-from kontext_jax.train_state import TrainState, make_train_state
+from kontext_jax.train_state import TrainState
 from kontext_jax.training_tasks import DTYPES, Devices, OpenWeights, Work
 from kontext_jax.types import Params
+
+
+def coder_of(vae: VAE) -> Coder:
+    """The autoencoder as functions, with latents as its posterior has them."""
+
+    def moments(params, image):
+        return vae.apply({"params": params}, image, method="moments")
+
+    def features(params, z):
+        latents_of_z = vae.config.latent_scale * (z - vae.config.latent_shift)
+        return vae.apply({"params": params}, latents_of_z, method="decode_features")
+
+    def output(last, features):
+        params = {"decoder": {"conv_out": last}}
+        return vae.apply({"params": params}, features, method="decode_output")
+
+    return Coder(moments, features, output, lambda params: params["decoder"]["conv_out"])
+
+
+def make_adversary(config: TrainConfig) -> Adversary:
+    """The discriminator of a run, with its optimizer."""
+    network = PatchDiscriminator(config.discriminator, DTYPES[config.dtype])
+    side = 2 ** (config.discriminator.num_layers + 2)  # leaves it a patch
+    steps = config.num_steps - config.autoencoder.adversarial_start_step
+    return Adversary(
+        logits=lambda params, image: network.apply({"params": params}, image),
+        init=lambda key: network.init(key, jnp.zeros((1, side, side, 3)))["params"],
+        optimizer=make_optimizer(config.discriminator_optimizer, steps),
+        learning_rate=make_schedule(config.discriminator_optimizer, steps),
+    )
 
 
 class AutoencoderTask:
@@ -33,24 +72,28 @@ class AutoencoderTask:
         start = open_weights(config.weights) if config.weights else None
         self._start = start
         vae_config = PRESETS[config.preset].vae if start is None else start.components["vae"].config
-        self.vae = vae = VAE(vae_config, DTYPES[config.dtype])
+        dtype = DTYPES[config.dtype]
+        self.vae = VAE(vae_config, dtype, remat=config.remat == "full")
         self.sources = [f"autoencoder: {start.source if start else 'drawn afresh'}"]
         self._optimizer = make_optimizer(config.optimizer, config.num_steps)
+        self._adversary = make_adversary(config) if config.autoencoder.adversarial_weight else None
+        self._net, perceptual = None, None
+        if config.autoencoder.perceptual_weight:
+            self._net = config.autoencoder.perceptual_net
+            network = Perceptual(NETS[self._net], dtype)
+            self.sources.append(f"perceptual network: {self._net}, {perceptual_dir()}")
+
+            def perceptual(frozen, a, b):
+                return network.apply({"params": frozen["perceptual"]}, a, b)[0]
+
         side = 2 * vae_config.downsampling
-
-        def moments(params, image):
-            return vae.apply({"params": params}, image, method="moments")
-
-        def decode(params, z):
-            latents_of_z = vae_config.latent_scale * (z - vae_config.latent_shift)
-            return vae.apply({"params": params}, latents_of_z, method="decode")
-
         self.objective = make_autoencoder(
-            moments,
-            decode,
-            lambda key: vae.init(key, jnp.zeros((1, side, side, 3)))["params"],
+            coder_of(self.vae),
+            lambda key: self.vae.init(key, jnp.zeros((1, side, side, 3)))["params"],
             self._optimizer,
             config.autoencoder,
+            perceptual=perceptual,
+            adversary=self._adversary,
             ema_decay=config.ema_decay,
             accumulate_steps=config.accumulate_steps,
             learning_rate=make_schedule(config.optimizer, config.num_steps),
@@ -62,13 +105,19 @@ class AutoencoderTask:
         return self._start.components["vae"].load(dtype=jnp.float32, device=place)
 
     def start(self, params: Params) -> TrainState:
-        return make_train_state(params, self._optimizer, with_ema=self._config.ema_decay > 0)
+        return start_autoencoder(
+            params,
+            self._optimizer,
+            self._adversary,
+            use_key(jax.random.key(self._config.seed), "discriminator"),
+            with_ema=self._config.ema_decay > 0,
+        )
 
     def frozen_shapes(self) -> Any:
-        return {}
+        return {} if self._net is None else {"perceptual": perceptual_shapes(NETS[self._net])}
 
     def load_frozen(self, place: Place) -> Any:
-        return {}
+        return {} if self._net is None else {"perceptual": load_perceptual(self._net, place)}
 
     def data_facts(self) -> dict[str, Any]:
         return {}

@@ -14,6 +14,7 @@ import ml_collections
 
 from kontext_jax import config_tree
 from kontext_jax.data.config import DataConfig
+from kontext_jax.models.discriminators import DiscriminatorConfig
 from kontext_jax.models.lora import LoraConfig
 from kontext_jax.models.mmdit import Remat
 from kontext_jax.models.presets import PRESETS, Preset
@@ -26,6 +27,11 @@ from kontext_jax.sharding import MeshConfig
 from kontext_jax.training_checkpoints import CheckpointConfig
 
 REQUIRED = "REQUIRED"  # stands in a config file where only the user can know the value
+
+DISCRIMINATOR_DEFAULTS = {
+    "discriminator": DiscriminatorConfig(),
+    "discriminator_optimizer": OptimizerConfig(b1=0.5, b2=0.9),
+}
 
 
 def _at_least(name: str, value: int, least: int) -> None:
@@ -129,7 +135,8 @@ class TrainConfig:
       accumulate_steps: parts of a batch that are computed one after another, to save memory.
       dtype: in which networks compute. Parameters and optimizer are float32 in any case.
       attention_backend: see `kontext_jax.ops.attention`.
-      remat: what the backward pass keeps of the forward pass; see `kontext_jax.models.mmdit`.
+      remat: what the backward pass keeps of the forward pass; see `kontext_jax.models.mmdit`. An
+        autoencoder has "none" and "full".
       ema_decay: of the average of the parameters; 0 keeps none.
       max_skipped_in_a_row: training stops when so many steps in a row gave no finite numbers.
     """
@@ -155,6 +162,8 @@ class TrainConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    discriminator: DiscriminatorConfig = dataclasses.field(default_factory=DiscriminatorConfig)
+    discriminator_optimizer: OptimizerConfig = DISCRIMINATOR_DEFAULTS["discriminator_optimizer"]
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
@@ -200,6 +209,12 @@ class TrainConfig:
                     )
             if self.data.cache:
                 raise ValueError("data.cache holds encoded examples; an autoencoder needs pictures")
+            if self.remat not in ("none", "full"):
+                raise ValueError(
+                    f"remat is {self.remat!r}, which the transformer alone has; an autoencoder "
+                    "takes 'none' or 'full'"
+                )
+        self._check_discriminator()
         if self.flow.guidance in ("fixed", "range") and not self.model.mmdit.guidance_embed:
             raise ValueError(
                 f"flow.guidance is {self.flow.guidance!r}, but {self.preset} takes no guidance; "
@@ -211,6 +226,30 @@ class TrainConfig:
             raise ValueError(
                 f"eval.sample_guidance is {sample_guidance:g}, but {self.preset} takes no guidance"
             )
+
+    def _check_discriminator(self) -> None:
+        loss = self.autoencoder
+        if loss.adversarial_weight:
+            if self.discriminator_optimizer.name != "adamw":
+                raise ValueError(
+                    f"discriminator_optimizer.name is {self.discriminator_optimizer.name!r}, which "
+                    "is for the transformer's matrices; choose 'adamw'"
+                )
+            if loss.adversarial_start_step >= self.num_steps:
+                raise ValueError(
+                    f"autoencoder.adversarial_start_step is {loss.adversarial_start_step}, but the "
+                    f"run has {self.num_steps} steps, so the discriminator would never begin; "
+                    "lower it"
+                )
+            return
+        for section in ("discriminator", "discriminator_optimizer"):
+            default = config_tree.to_dict(DISCRIMINATOR_DEFAULTS[section])
+            for name, value in config_tree.to_dict(getattr(self, section)).items():
+                if value != default[name]:
+                    raise ValueError(
+                        f"{section}.{name} is {value!r}, but there is no discriminator; set "
+                        "autoencoder.adversarial_weight (latent diffusion's is 0.5)"
+                    )
 
     @property
     def model(self) -> Preset:

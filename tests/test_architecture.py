@@ -50,6 +50,7 @@ FLOORS = {
         "training_checkpoints",
         "adapters",
         "flops",
+        "perceptual_weights",
     ),
     4: (
         "stages",

@@ -6,16 +6,20 @@ import numpy as np
 import optax
 import pytest
 
+from kontext_jax.autoencoder_task import coder_of
 from kontext_jax.data.scenes import WORLDS, SceneSource, render
 from kontext_jax.latents import pixels_to_model
 from kontext_jax.models.presets import VAEConfig
 from kontext_jax.models.vae import VAE
 from kontext_jax.objectives.autoencoder import (
     AutoencoderConfig,
+    Coder,
     PictureBatch,
+    code,
     gaussian_kl,
+    latent_metrics,
     make_autoencoder,
-    reconstruction_losses,
+    reconstruction_loss,
 )
 from kontext_jax.objectives.base import mean_metrics
 
@@ -31,22 +35,31 @@ def pictures(count):
     return pixels_to_model(np.stack([render(source[i].target, 64) for i in range(count)]))
 
 
-def toy(params, x):
-    """Moments and decoder with known losses: mean = params, logvar = 0; the picture is z's sum."""
-    return jnp.full((x.shape[0], 2, 2, 4), params), jnp.zeros((x.shape[0], 2, 2, 4))
+IMAGE = (3, 16, 16, 3)
+
+
+def toy_coder(decoded=0.5, shape=IMAGE):
+    """A coder with known losses: mean = params, logvar = 0; every picture decodes to a constant."""
+    return Coder(
+        moments=lambda params, x: (jnp.full((3, 2, 2, 4), params), jnp.zeros((3, 2, 2, 4))),
+        features=lambda params, z: z,
+        output=lambda last, features: jnp.full(shape, decoded),
+        last=lambda params: {},
+    )
 
 
 def test_losses_are_sums_over_a_picture():
-    image = jnp.zeros((3, 16, 16, 3))
-    found = reconstruction_losses(
-        toy, lambda params, z: jnp.full((3, 16, 16, 3), 0.5), 2.0, image, None
+    decoded, kl, _, _ = code(toy_coder(), 2.0, jnp.zeros(IMAGE), None)
+    config = AutoencoderConfig(l1_weight=3.0, mse_weight=5.0, perceptual_weight=7.0)
+    loss, metrics = reconstruction_loss(
+        config, jnp.zeros(IMAGE), decoded, lambda a, b: jnp.full(3, 0.125)
     )
     values, latents = 16 * 16 * 3, 2 * 2 * 4
-    np.testing.assert_allclose(found["l1"], 0.5 * values)
-    np.testing.assert_allclose(found["mse"], 0.25 * values)
-    np.testing.assert_allclose(found["kl"], 0.5 * 4.0 * latents)
-    with pytest.raises(ValueError, match=r"decode returned \(3, 8, 8, 3\)"):
-        reconstruction_losses(toy, lambda params, z: jnp.zeros((3, 8, 8, 3)), 2.0, image, None)
+    np.testing.assert_allclose(loss, values * (3 * 0.5 + 5 * 0.25 + 7 * 0.125))
+    np.testing.assert_allclose(metrics["lpips"], 0.125)
+    np.testing.assert_allclose(kl, 0.5 * 4.0 * latents)
+    with pytest.raises(ValueError, match=r"the decoder returned \(3, 8, 8, 3\)"):
+        code(toy_coder(shape=(3, 8, 8, 3)), 2.0, jnp.zeros(IMAGE), None)
 
 
 def test_the_divergence_is_that_of_gaussians():
@@ -58,14 +71,19 @@ def test_the_divergence_is_that_of_gaussians():
 
 
 def test_noise_has_the_spread_of_the_posterior():
-    def moments(params, x):
-        return jnp.zeros((1, 4, 4, 4)), jnp.full((1, 4, 4, 4), 2 * np.log(0.1))
+    coder = toy_coder()._replace(
+        moments=lambda params, x: (jnp.zeros((3, 2, 2, 4)), jnp.full((3, 2, 2, 4), 2 * np.log(0.1)))
+    )
+    _, _, z, _ = code(coder, None, jnp.zeros(IMAGE), jnp.ones)
+    np.testing.assert_allclose(z, 0.1, rtol=1e-5)
 
-    def decode(params, z):
-        return jnp.broadcast_to(z.reshape(1, 4, 16, 1), (1, 4, 16, 3))
 
-    ones = reconstruction_losses(moments, decode, None, jnp.zeros((1, 4, 16, 3)), jnp.ones)
-    np.testing.assert_allclose(ones["l1"], 0.1 * 4 * 16 * 3, rtol=1e-5)
+def test_latents_are_described_by_their_moments():
+    x = np.random.default_rng(0).laplace(0.5, 1.0, size=(2, 64, 64, 16))  # kurtosis 6, variance 2
+    found = latent_metrics(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(found["latent_mean"], 0.5, atol=0.02)
+    np.testing.assert_allclose(found["latent_square"], 2.25, atol=0.05)
+    np.testing.assert_allclose(found["latent_kurtosis"], 6, atol=0.4)
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +91,7 @@ def learnt():
     """Metrics of some steps on eight pictures, and the evaluations before and after."""
     vae = VAE(CONFIG)
     objective = make_autoencoder(
-        lambda p, x: vae.apply({"params": p}, x, method="moments"),
-        lambda p, z: vae.apply({"params": p}, z, method="decode"),
+        coder_of(vae),
         lambda key: vae.init(key, jnp.zeros((1, 16, 16, 3)))["params"],
         optax.adam(3e-3),
         AutoencoderConfig(l1_weight=0.1, mse_weight=1.0, kl_weight=1e-6),
@@ -114,6 +131,9 @@ def test_the_logged_terms_make_up_the_loss(learnt):
     [
         ({"kl_weight": -1.0}, "autoencoder.kl_weight is -1.0"),
         ({"l1_weight": 0.0}, "nothing would be reconstructed"),
+        ({"perceptual_net": "vgg16"}, "perceptual_net is 'vgg16', but .*perceptual_weight is 0"),
+        ({"adversarial_start_step": 5}, "adversarial_start_step is 5, but .*_weight is 0"),
+        ({"adversarial_loss": "non_saturating"}, "adversarial_loss is 'non_saturating', but"),
     ],
 )
 def test_weights_that_teach_nothing_are_refused(weights, message):

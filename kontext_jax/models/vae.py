@@ -17,6 +17,7 @@ With `patch` above 1 the picture is folded before the first step and unfolded af
 spares small networks the feature maps at full resolution, where CPUs are slowest.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -309,11 +310,22 @@ def unfold_patches(x: Array, patch: int) -> Array:
     return x.swapaxes(2, 3).reshape(batch, height * patch, width * patch, -1)
 
 
+def run_steps(steps: Sequence[nn.Module], x: Array, remat: bool) -> Array:
+    """`steps` one after the other; with `remat` the backward pass keeps their inputs alone."""
+    for step in steps:
+        x = _run_again(step, x) if remat else step(x)
+    return x
+
+
+_run_again = nn.remat(lambda step, x: step(x))
+
+
 class Encoder(nn.Module):
     """Folded image [B, h, w, 3·patch²] → moments of the posterior, [B, …, 2Z]."""
 
     config: VAEConfig
     dtype: Dtype
+    remat: bool = False
 
     def setup(self):
         c = self.config
@@ -336,9 +348,7 @@ class Encoder(nn.Module):
         return (self.conv_in, *blocks, self.norm_out, self.conv_out)
 
     def __call__(self, x: Array) -> Array:
-        for step in self.steps():
-            x = step(x)
-        return x
+        return run_steps(self.steps(), x, self.remat)
 
 
 class Decoder(nn.Module):
@@ -346,6 +356,7 @@ class Decoder(nn.Module):
 
     config: VAEConfig
     dtype: Dtype
+    remat: bool = False
 
     def setup(self):
         c = self.config
@@ -370,20 +381,27 @@ class Decoder(nn.Module):
         return (self.conv_in, *blocks, self.norm_out, self.conv_out)
 
     def __call__(self, x: Array) -> Array:
-        for step in self.steps():
-            x = step(x)
-        return x
+        return self.conv_out(self.features(x))
+
+    def features(self, x: Array) -> Array:
+        """What the last convolution sees."""
+        return run_steps(self.steps()[:-1], x, self.remat)
 
 
 class VAE(nn.Module):
-    """The autoencoder, with the affine map between its posterior and a transformer's latents."""
+    """The autoencoder, with the affine map between its posterior and a transformer's latents.
+
+    Attributes:
+        remat: The backward pass keeps the inputs of steps and computes the rest again.
+    """
 
     config: VAEConfig
     dtype: Dtype = jnp.float32
+    remat: bool = False
 
     def setup(self):
-        self.encoder = Encoder(self.config, self.dtype)
-        self.decoder = Decoder(self.config, self.dtype)
+        self.encoder = Encoder(self.config, self.dtype, self.remat)
+        self.decoder = Decoder(self.config, self.dtype, self.remat)
 
     @property
     def downsampling(self) -> int:
@@ -416,6 +434,14 @@ class VAE(nn.Module):
         Latents are unscaled in the dtype in which they come, then rounded to the compute dtype.
         """
         return unfold_patches(self.decoder(self.from_latents(latents)), self.config.patch)
+
+    def decode_features(self, latents: Latents) -> Array:
+        """What the decoder's last convolution sees; `decode_output` is that convolution."""
+        return self.decoder.features(self.from_latents(latents))
+
+    def decode_output(self, features: Array) -> Array:
+        """The image of `decode_features`; touches `decoder/conv_out` alone."""
+        return unfold_patches(self.decoder.conv_out(features), self.config.patch)
 
     def check_image(self, shape: tuple[int, ...]) -> None:
         """Refuses an image [B, height, width, 3] that the latent grid does not divide."""

@@ -1,37 +1,61 @@
-"""The autoencoder by reconstruction: absolute and squared error, and a little KL divergence.
+"""The autoencoder by reconstruction: pixels, features, a little KL divergence, a discriminator.
 
     z     = mean + exp(logvar/2)·ε,  ε ~ N(0, I)          of the encoder's Gaussian q(z | x)
-    loss  = mean over pictures of  l1·Σ|x − x̂| + mse·Σ(x − x̂)² + kl·KL
-    KL    = ½·Σ(mean² + e^logvar − 1 − logvar)
+    nll   = mean over pictures of  l1·Σ|x − x̂| + mse·Σ(x − x̂)² + perceptual·n·LPIPS(x, x̂)
+    kl    = kl_weight · mean over pictures of ½·Σ(mean² + e^logvar − 1 − logvar)
+    loss  = nll + kl [+ d·g, see `objectives.adversarial`]
 
-Every Σ is a *sum* over a picture's values or its latents, as in latent diffusion's loss
-(arXiv:2112.10752, `contperceptual.py`): its weights, such as 1e-6 for the KL, mean something else
-where errors are averaged over pixels and latents.
+Every Σ is a *sum* over a picture's n values or its latents, and LPIPS, one number a picture, counts
+for each of its values, as in latent diffusion's loss (arXiv:2112.10752, `contperceptual.py`): its
+weights, such as 1e-6 for the KL, mean something else where errors are averaged over pixels and
+latents (there 1e-6 would be 8.3e-8). Its learnt log variance of the likelihood is left out: their
+optimizer never gets it, so it stays 0.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
+from kontext_jax.objectives.adversarial import (
+    AdversarialLoss,
+    Adversary,
+    Reconstruction,
+    make_adversarial_gradient,
+    make_adversarial_step,
+    start_adversary,
+)
 from kontext_jax.objectives.base import (
     Metrics,
     Objective,
+    check_step_options,
     make_gradient_step,
     num_samples,
     sample_keys,
 )
-from kontext_jax.train_state import make_train_state
+from kontext_jax.train_state import TrainState, make_train_state
 from kontext_jax.types import Params
 
-Moments = Callable[[Params, jax.Array], tuple[jax.Array, jax.Array]]
-"""`moments(params, image [B, h, w, 3]) -> (mean, logvar)`, unscaled [B, h/8, w/8, Z]."""
-Decode = Callable[[Params, jax.Array], jax.Array]
-"""`decode(params, z) -> image` of such unscaled latents, about [-1, 1]."""
+
+class Coder(NamedTuple):
+    """An autoencoder as functions of its parameters."""
+
+    moments: Callable[[Params, jax.Array], tuple[jax.Array, jax.Array]]
+    # (params, image [B, h, w, 3]) → (mean, logvar), unscaled [B, h/8, w/8, Z]
+    features: Callable[[Params, jax.Array], jax.Array]
+    # (params, such z) → what the decoder's last convolution sees
+    output: Callable[[Params, jax.Array], jax.Array]
+    # (params of that convolution, {"kernel", …}, features) → image, about [-1, 1]
+    last: Callable[[Params], Params]
+    # params → those of that convolution
+
+
+Perceptual = Callable[[Any, jax.Array, jax.Array], jax.Array]
+"""`perceptual(frozen, a, b) -> [B]`, the LPIPS of pictures in [-1, 1]."""
 
 
 @flax.struct.dataclass
@@ -50,22 +74,48 @@ class AutoencoderConfig:
       mse_weight: of squared errors.
       kl_weight: of the divergence from the standard Gaussian. It keeps latents from growing, and
         trades sharpness for latents that bear some noise.
+      perceptual_weight: of LPIPS, which counts for every value of the picture; 0: none.
+      perceptual_net: whose features; "alexnet" costs a twentieth of "vgg16", and leaves the latter
+        to measure by. Fetched by `python -m kontext_jax.evaluation.fetch_perceptual`.
+      adversarial_weight: of the discriminator's term, beside its adaptive factor; 0: none.
+      adversarial_start_step: steps of this run before the discriminator begins to learn and to
+        count. (Where both networks' updates are counted, as in some versions of latent diffusion,
+        these are twice as many.)
+      adversarial_loss: "hinge", or "non_saturating".
     """
 
     l1_weight: float = 1.0
     mse_weight: float = 0.0
     kl_weight: float = 1e-6
+    perceptual_weight: float = 0.0
+    perceptual_net: Literal["alexnet", "vgg16"] = "alexnet"
+    adversarial_weight: float = 0.0
+    adversarial_start_step: int = 50_000
+    adversarial_loss: AdversarialLoss = "hinge"
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            if not getattr(self, field.name) >= 0:
-                raise ValueError(
-                    f"autoencoder.{field.name} is {getattr(self, field.name)}; it must be 0 or more"
-                )
+            value = getattr(self, field.name)
+            if not isinstance(value, str) and not value >= 0:
+                raise ValueError(f"autoencoder.{field.name} is {value}; it must be 0 or more")
         if not (self.l1_weight or self.mse_weight):
             raise ValueError(
                 "autoencoder.l1_weight and mse_weight are both 0, so nothing would be "
                 "reconstructed; set one above 0"
+            )
+        if not self.perceptual_weight:
+            self._refuse("perceptual_net", "perceptual_weight")
+        if not self.adversarial_weight:
+            self._refuse("adversarial_start_step", "adversarial_weight")
+            self._refuse("adversarial_loss", "adversarial_weight")
+
+    def _refuse(self, name: str, weight: str) -> None:
+        """Raises if a setting was changed that the weight 0 leaves without effect."""
+        value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+        if value != default:
+            raise ValueError(
+                f"autoencoder.{name} is {value!r}, but autoencoder.{weight} is 0; set that, or "
+                f"leave this at {default!r}"
             )
 
 
@@ -75,103 +125,178 @@ def gaussian_kl(mean: jax.Array, logvar: jax.Array) -> jax.Array:
     return 0.5 * jnp.sum(terms, axis=range(1, terms.ndim))
 
 
-def reconstruction_losses(
-    moments: Moments,
-    decode: Decode,
+def latent_metrics(mean: jax.Array) -> Metrics:
+    """Moments of the posteriors' means [B, h, w, Z] by picture, [B] each.
+
+    A Gaussian's kurtosis is 3; latents far above it have rare large values.
+    """
+    axes = (1, 2, 3)
+    centre = jnp.mean(mean, axis=axes)
+    deviation = mean - centre[:, None, None, None]
+    variance = jnp.mean(jnp.square(deviation), axis=axes)
+    fourth = jnp.mean(jnp.square(jnp.square(deviation)), axis=axes)
+    return {
+        "latent_mean": centre,
+        "latent_square": jnp.mean(jnp.square(mean), axis=axes),
+        "latent_kurtosis": fourth / jnp.maximum(jnp.square(variance), 1e-12),
+    }
+
+
+def code(
+    coder: Coder,
     params: Params,
     image: jax.Array,
     noise: Callable[[tuple[int, ...]], jax.Array] | None,
-) -> dict[str, jax.Array]:
-    """Sums over each picture, float32 [B]: "l1", "mse" and "kl"; and "latents", the means.
+) -> tuple[jax.Array, jax.Array, jax.Array, Metrics]:
+    """Pictures through the autoencoder: (x̂, KL [B], features, metrics [B] each), float32.
 
     Args:
       noise: shape → standard normal numbers; None decodes the posterior's mean.
 
     Raises:
-      ValueError: if `decode` returns another shape than the picture's.
+      ValueError: if x̂ has another shape than the picture.
     """
-    mean, logvar = (m.astype(jnp.float32) for m in moments(params, image))
+    mean, logvar = (m.astype(jnp.float32) for m in coder.moments(params, image))
     z = mean if noise is None else mean + jnp.exp(0.5 * logvar) * noise(mean.shape)
-    decoded = decode(params, z).astype(jnp.float32)
+    features = coder.features(params, z)
+    decoded = coder.output(coder.last(params), features).astype(jnp.float32)
     if decoded.shape != image.shape:
-        raise ValueError(f"decode returned {decoded.shape} for pictures of {image.shape}")
+        raise ValueError(f"the decoder returned {decoded.shape} for pictures of {image.shape}")
+    kl = gaussian_kl(mean, logvar)
+    return decoded, kl, features, latent_metrics(mean) | {"kl": kl / mean[0].size}
+
+
+def reconstruction_loss(
+    config: AutoencoderConfig, image: jax.Array, decoded: jax.Array, perceptual: Perceptual | None
+) -> tuple[jax.Array, Metrics]:
+    """The nll of each picture [B], and metrics [B] each.
+
+    Args:
+      perceptual: (a, b) → LPIPS [B]; None without that term.
+    """
+    values = image[0].size
     error = decoded - image.astype(jnp.float32)
-    return {
-        "l1": jnp.sum(jnp.abs(error), axis=(1, 2, 3)),
-        "mse": jnp.sum(jnp.square(error), axis=(1, 2, 3)),
-        "kl": gaussian_kl(mean, logvar),
-        "latents": mean,
-    }
+    l1 = jnp.mean(jnp.abs(error), axis=(1, 2, 3))
+    mse = jnp.mean(jnp.square(error), axis=(1, 2, 3))
+    loss = values * (config.l1_weight * l1 + config.mse_weight * mse)
+    metrics = {"l1": l1, "mse": mse, "psnr": 10 * jnp.log10(4 / jnp.maximum(mse, 1e-12))}
+    if perceptual is not None:
+        metrics["lpips"] = perceptual(image, decoded)
+        loss += config.perceptual_weight * values * metrics["lpips"]
+    return loss, metrics
+
+
+def _averages(metrics: Metrics) -> Metrics:
+    return {name: jnp.mean(value) for name, value in metrics.items()}
 
 
 def make_autoencoder(
-    moments: Moments,
-    decode: Decode,
+    coder: Coder,
     init_params: Callable[[jax.Array], Params],
     optimizer: optax.GradientTransformation,
     config: AutoencoderConfig,
     *,
+    perceptual: Perceptual | None = None,
+    adversary: Adversary | None = None,
     ema_decay: float = 0.0,
     accumulate_steps: int = 1,
     learning_rate: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Objective:
     """Reconstruction as an `Objective` over `PictureBatch`es.
 
-    Metrics, beside those of `make_gradient_step`: `l1` and `mse`, means over a picture's values;
-    `psnr` in dB, the mean over pictures (values from -1 to 1); `kl`, the mean over latents;
-    `latent_mean` and `latent_square`, mean and mean square of the posteriors' means.
+    Metrics, beside those of the step: `l1` and `mse`, means over a picture's values; `psnr` in dB,
+    the mean over pictures (values from -1 to 1); `lpips`; `kl`, the mean over latents;
+    `latent_mean`, `latent_square` and `latent_kurtosis` of the posteriors' means. With a
+    discriminator those of `make_adversarial_step`.
 
-    `evaluate` decodes the posterior's mean; its `loss` has the same weights.
+    `evaluate` decodes the posterior's mean; its `loss` is nll + kl with the same weights.
 
     Args:
       init_params: key → fresh float32 parameters of encoder and decoder.
+      perceptual: what config.perceptual_weight weighs.
+      adversary: what config.adversarial_weight weighs.
       ema_decay: see `make_gradient_step`, as for the rest.
+
+    Raises:
+      ValueError: a weight without its network, or the reverse.
     """
+    check_step_options(ema_decay, accumulate_steps)
+    for name, network in (("perceptual", perceptual), ("adversarial", adversary)):
+        weight = getattr(config, f"{name}_weight")
+        if bool(weight) != (network is not None):
+            has = "a" if network is not None else "no"
+            raise ValueError(f"{name}_weight is {weight:g}, but there is {has} network for it")
 
-    def losses(params, image, noise) -> tuple[jax.Array, Metrics]:
-        sums = reconstruction_losses(moments, decode, params, image, noise)
-        latents = sums.pop("latents")
-        loss = (
-            config.l1_weight * sums["l1"]
-            + config.mse_weight * sums["mse"]
-            + config.kl_weight * sums["kl"]
-        )
-        values, num_latents = image[0].size, latents[0].size
-        mse = sums["mse"] / values
-        metrics = {
-            "l1": sums["l1"] / values,
-            "mse": mse,
-            "psnr": 10 * jnp.log10(4 / jnp.maximum(mse, 1e-12)),
-            "kl": sums["kl"] / num_latents,
-            "latent_mean": jnp.mean(latents, axis=(1, 2, 3)),
-            "latent_square": jnp.mean(jnp.square(latents), axis=(1, 2, 3)),
-        }
-        return loss, metrics
+    def nll(frozen, image, decoded):
+        measure = None if perceptual is None else lambda a, b: perceptual(frozen, a, b)
+        return reconstruction_loss(config, image, decoded, measure)
 
-    def loss_fn(params, frozen: Any, batch: PictureBatch, key, sample_index):
-        keys = sample_keys(key, "posterior", sample_index)
+    def posterior_noise(step_key, sample_index):
+        keys = sample_keys(step_key, "posterior", sample_index)
 
         def noise(shape):
             return jax.vmap(lambda k: jax.random.normal(k, shape[1:], jnp.float32))(keys)
 
-        loss, metrics = losses(params, batch.image, noise)
-        return jnp.mean(loss), {name: jnp.mean(value) for name, value in metrics.items()}
+        return noise
 
-    def evaluate(params, frozen: Any, batch: PictureBatch, key):
-        loss, metrics = losses(params, batch.image, None)
-        metrics = metrics | {"loss": loss}
+    def reconstruct(frozen, batch: PictureBatch, step_key, sample_index) -> Reconstruction:
+        def run(params):
+            noise = posterior_noise(step_key, sample_index)
+            decoded, kl, features, metrics = code(coder, params, batch.image, noise)
+            return (decoded, config.kl_weight * jnp.mean(kl)), (features, _averages(metrics))
+
+        def mean_nll(decoded):
+            loss, metrics = nll(frozen, batch.image, decoded)
+            return jnp.mean(loss), _averages(metrics)
+
+        return Reconstruction(run, coder.output, coder.last, mean_nll)
+
+    def loss_fn(params, frozen, batch: PictureBatch, step_key, sample_index):
+        way = reconstruct(frozen, batch, step_key, sample_index)
+        (decoded, kl), (_, metrics) = way.run(params)
+        loss, nll_metrics = way.nll(decoded)
+        return loss + kl, metrics | nll_metrics
+
+    def evaluate(params, frozen, batch: PictureBatch, key):
+        decoded, kl, _, metrics = code(coder, params, batch.image, None)
+        loss, nll_metrics = nll(frozen, batch.image, decoded)
+        metrics = metrics | nll_metrics | {"loss": loss + config.kl_weight * kl}
         count = jnp.float32(num_samples(batch))
         sums = {f"{name}/sum": jnp.sum(value) for name, value in metrics.items()}
         return sums | {f"{name}/count": count for name in metrics}
 
-    return Objective(
-        init=lambda key: make_train_state(init_params(key), optimizer, with_ema=ema_decay > 0),
-        step=make_gradient_step(
-            loss_fn,
+    options = {"ema_decay": ema_decay, "accumulate_steps": accumulate_steps}
+    if adversary is None:
+        step = make_gradient_step(loss_fn, optimizer, learning_rate=learning_rate, **options)
+    else:
+        gradient_fn = make_adversarial_gradient(
+            adversary, config.adversarial_loss, config.adversarial_weight, reconstruct
+        )
+        step = make_adversarial_step(
+            gradient_fn,
             optimizer,
-            ema_decay=ema_decay,
-            accumulate_steps=accumulate_steps,
+            adversary,
+            config.adversarial_start_step,
             learning_rate=learning_rate,
-        ),
-        evaluate=evaluate,
-    )
+            **options,
+        )
+
+    def init(key: jax.Array) -> TrainState:
+        return start_autoencoder(
+            init_params(key), optimizer, adversary, key, with_ema=ema_decay > 0
+        )
+
+    return Objective(init=init, step=step, evaluate=evaluate)
+
+
+def start_autoencoder(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    adversary: Adversary | None,
+    key: jax.Array,
+    *,
+    with_ema: bool,
+) -> TrainState:
+    """The state before the first step; the discriminator is drawn by `key`."""
+    extra = None if adversary is None else start_adversary(adversary, key)
+    return make_train_state(params, optimizer, with_ema=with_ema, extra=extra)
