@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kontext_jax.data.scenes import CAPTION, WORLDS, Scene, SceneSource, Thing, render
-from kontext_jax.evaluation import edits
+from kontext_jax.evaluation import edit_report, edits
 from kontext_jax.evaluation.scene_parser import parse
 
 FULL, EASY = WORLDS["full"], WORLDS["easy"]
@@ -101,6 +101,18 @@ def test_intervals_of_rates():
         edits.wilson(0, 0)
 
 
+def test_several_tries_count_as_the_share_that_succeeded():
+    example = draw(EASY, "held_out", 1)[0]
+    right, wrong = (
+        edits.grade(example.source, example.target, render(scene), EASY)
+        for scene in (example.target, example.source)
+    )
+    mean = edits.mean_grade([right, wrong, wrong])
+    assert mean.success == pytest.approx(1 / 3) and mean.copied == pytest.approx(2 / 3)
+    assert mean.iou == pytest.approx((right.iou + 2 * wrong.iou) / 3)
+    assert edits.rate([mean.success] * 30)["percent"] == pytest.approx(100 / 3)
+
+
 def test_a_report_leaves_keep_out_of_the_rate_and_tells_it_apart():
     examples = draw(EASY, "seen", 60)
     copies = [edits.grade(e.source, e.target, render(e.source), EASY) for e in examples]
@@ -111,12 +123,12 @@ def test_a_report_leaves_keep_out_of_the_rate_and_tells_it_apart():
     keeps = summary["by_kind"]["keep"]["count"]
     assert keeps and summary["success"]["count"] == 60 - keeps
     report = {"seen": {"copy": summary, "text to image": edits.rate([True, False])}}
-    text = edits.tables(report)
+    text = edit_report.tables(report)
     assert "| copy | 0.0 [0.0, " in text and "50.0 [9.5, 90.5] %" in text
 
 
 def test_the_contact_sheet_holds_every_edit():
     examples = draw(EASY, "seen", 5)
-    sheet = edits.contact_sheet(examples, [render(e.target) for e in examples], EASY, columns=2)
+    sheet = edits.scenes_sheet(examples, [render(e.target) for e in examples], EASY, columns=2)
     assert sheet.dtype == np.uint8 and sheet.shape[0] % 3 == 0 and sheet.shape[1] % 2 == 0
     assert (sheet == (0, 160, 0)).all(-1).any() and not (sheet == (210, 0, 0)).all(-1).any()

@@ -10,6 +10,7 @@ from kontext_jax.data.config import DataConfig
 from kontext_jax.data.dataset import open_dataset
 from kontext_jax.data.photo_edits import KINDS, PICTURE_EDITS, PhotoSource, alternatives
 from kontext_jax.data.sources import open_source
+from kontext_jax.evaluation import photographs
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -132,3 +133,26 @@ def test_the_source_gives_pictures_to_the_loader(what):
 def test_a_wrong_path_is_told_what_was_expected(path):
     with pytest.raises(ValueError, match="such as photos:edits-64:train:512"):
         open_source(path)
+
+
+def test_photographs_are_graded_by_what_the_result_is_nearest_to():
+    for example in examples("held_out", 24):
+        noise = np.random.default_rng(0).normal(0, 8, example.target.shape)
+        noisy = np.clip(example.target + noise, 0, 255).astype(np.uint8)
+        got = photographs.grade(example, noisy)
+        assert got.psnr == pytest.approx(30, abs=2)
+        if example.kind not in ("keep", "gray"):  # what is gray already looks alike
+            assert got.success
+            other = alternatives(example)[0]
+            assert not photographs.grade(example, other).success
+    right = [photographs.grade(e, e.target) for e in examples("held_out", 24)]
+    summary = photographs.summarise(examples("held_out", 24), right)
+    assert summary["success"]["percent"] == 100 and summary["psnr"]["mean"] == 60
+    text = photographs.tables({"rows": {"ideal": summary}})
+    assert "| ideal | 100.0 [" in text and "60.0 ± 0.0" in text
+
+
+def test_the_sheet_of_photographs_takes_pictures_of_several_sizes():
+    drawn = examples("held_out", 6)
+    shown = photographs.sheet(drawn, [e.target for e in drawn], columns=3)
+    assert shown.dtype == np.uint8 and shown.shape[1] % 3 == 0

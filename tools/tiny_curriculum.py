@@ -171,7 +171,7 @@ def run_command(command: str) -> int:
     Returns:
       Its status; 143 where SIGTERM was asked to end it, since a run that saved and stopped says 0.
     """
-    process = subprocess.Popen([sys.executable, *shlex.split(command)], start_new_session=True)
+    process = subprocess.Popen([sys.executable, *shlex.split(command)], process_group=0)
     asked: list[int] = []
 
     def hand_on(number, frame):

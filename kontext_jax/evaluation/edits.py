@@ -11,7 +11,8 @@ colour difference, and M the pixels where ΔE(A, B) > 5:
 
 Every table has the rows without which its numbers say little: the source itself ("copy"), the
 target through the autoencoder ("autoencoder"), and the model without its reference ("text only").
-Copies of the source succeed at "keep", so the rate over all kinds leaves that kind out.
+Copies of the source succeed at "keep", so the rate over all kinds leaves that kind out. Rows that
+depend on noise are the means over several seeds of it; intervals count each edit once.
 """
 
 import argparse
@@ -19,7 +20,8 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,24 +35,27 @@ from kontext_jax.data.scenes import (
     World,
     render,
 )
+from kontext_jax.evaluation.edit_model import Model
+from kontext_jax.evaluation.edit_report import contact_sheet, rate_text, tables
 from kontext_jax.evaluation.scene_parser import parse
 
 CHANGED_DELTA_E, EDITED_DELTA_E, PRESERVED_DELTA_E = 5, 10, 5
 MAX_PSNR = 60.0
-BATCH = 50
 SPLITS = ("seen", "held_out")
+SEED_STRIDE = 100_000  # between seeds of noise, each of which counts up from picture to picture
 
 
 @dataclasses.dataclass(frozen=True)
 class Grade:
-    """What became of one edit; None where nothing can be said.
+    """What became of one edit, or the mean of several tries; None where nothing can be said.
 
     Attributes:
-      copied: the result reads as the source, which is not the target.
+      success: 1 or 0 of one try.
+      copied: likewise; the result reads as the source, which is not the target.
     """
 
-    success: bool
-    copied: bool
+    success: float
+    copied: float
     iou: float
     edited: float | None
     preserved: float | None
@@ -98,8 +103,8 @@ def grade(source: Scene, target: Scene, result: np.ndarray, world: World) -> Gra
         mse = max(np.square(error).mean(), 1e-12)
         psnr = float(min(MAX_PSNR, 10 * np.log10(255**2 / mse)))
     return Grade(
-        success=found == target,
-        copied=found == source and source != target,
+        success=float(found == target),
+        copied=float(found == source and source != target),
         iou=float(right.sum() / union) if union else 1.0,
         edited=edited,
         preserved=preserved,
@@ -107,7 +112,17 @@ def grade(source: Scene, target: Scene, result: np.ndarray, world: World) -> Gra
     )
 
 
-def wilson(successes: int, count: int) -> tuple[float, float]:
+def mean_grade(tries: Sequence[Grade]) -> Grade:
+    """The mean of several tries at one edit."""
+
+    def of(field: str) -> float | None:
+        values = [getattr(one, field) for one in tries]
+        return None if values[0] is None else float(np.mean(values))
+
+    return Grade(**{field.name: of(field.name) for field in dataclasses.fields(Grade)})
+
+
+def wilson(successes: float, count: int) -> tuple[float, float]:
     """95 % confidence interval of a rate (Wilson's score interval)."""
     if not count:
         raise ValueError("no trials, so there is no rate")
@@ -119,8 +134,13 @@ def wilson(successes: int, count: int) -> tuple[float, float]:
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
-def rate(flags: Sequence[bool]) -> dict[str, float]:
-    """Rate, interval and count, as percentages."""
+def rate(flags: Sequence[float]) -> dict[str, float]:
+    """Rate, interval and count, as percentages.
+
+    Args:
+      flags: 1 or 0 for each edit, or the mean of several tries at it; the interval is that of one
+        try each, so with several it is wider than it need be.
+    """
     low, high = wilson(sum(flags), len(flags))
     percent = 100 * sum(flags) / len(flags)
     return {"percent": percent, "low": 100 * low, "high": 100 * high, "count": len(flags)}
@@ -149,214 +169,96 @@ def summarise(examples: Sequence[SceneExample], grades: Sequence[Grade]) -> dict
     }
 
 
-# Where pictures come from
-
-
-class Model:
-    """Edits whole lists of scenes by the stages of a model.
-
-    Args:
-      stages: `kontext_jax.stages.Stages`.
-      num_steps: Euler steps.
-      seed: of the noise; picture i of a list gets seed + i.
-    """
-
-    def __init__(self, stages, num_steps: int, seed: int = 0):
-        self.stages, self.num_steps, self.seed = stages, num_steps, seed
-        self._texts: dict[str, tuple] = {}
-
-    def _text(self, prompts: Sequence[str]) -> tuple:
-        """txt, vec of some prompts, each encoded once."""
-        for prompt in prompts:
-            if prompt not in self._texts:
-                self._texts[prompt] = self.stages.encode_text(prompt)
-        txt, vec = zip(*(self._texts[prompt] for prompt in prompts), strict=True)
-        return np.concatenate(txt), np.concatenate(vec)
-
-    def _latents(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
-        return np.concatenate([self.stages.encode_picture(picture) for picture in pictures])
-
-    def _pixels(self, latents: np.ndarray) -> list[np.ndarray]:
-        from kontext_jax.latents import model_to_pixels
-
-        return [model_to_pixels(picture, "round") for picture in self.stages.decode(latents)]
-
-    def reconstruct(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Pictures through the autoencoder and back."""
-        return _in_batches(lambda part: self._pixels(self._latents(part)), pictures)
-
-    def make(
-        self, prompts: Sequence[str], sources: Sequence[np.ndarray] | None, size_px: int, cfg: float
-    ) -> list[np.ndarray]:
-        """Pictures from prompts and, unless None, one reference each.
-
-        Args:
-          cfg: scale of guidance away from the empty prompt, with the reference; 1: none.
-        """
-        from kontext_jax.sampler import initial_noise
-
-        preset = self.stages.preset
-        side = size_px // preset.vae.downsampling
-
-        def run(indices: Sequence[int]) -> list[np.ndarray]:
-            count = len(indices)
-            txt, vec = self._text([prompts[i] for i in indices])
-            negative = scale = None
-            if cfg != 1:
-                negative = self._text([""] * count)
-                scale = np.full(count, cfg, np.float32)
-            noise = initial_noise(
-                [self.seed + i for i in indices], side, side, preset.vae.z_channels
-            )
-            references = []
-            if sources is not None:
-                references = [self._latents([sources[i] for i in indices])]
-            takes_guidance = preset.mmdit.guidance_embed
-            return self._pixels(
-                self.stages.denoise(
-                    noise,
-                    txt,
-                    vec,
-                    num_steps=self.num_steps,
-                    guidance=np.ones(count, np.float32) if takes_guidance else None,
-                    references=references,
-                    negative=negative,
-                    true_cfg_scale=scale,
-                )
-            )
-
-        return _in_batches(run, range(len(prompts)))
-
-
-def _in_batches(run: Callable, items: Sequence) -> list[np.ndarray]:
-    """Runs batches of one size, the last filled up with its first item: nothing recompiles."""
-    results = []
-    for start in range(0, len(items), BATCH):
-        part = list(items[start : start + BATCH])
-        results += run(part + part[:1] * (BATCH - len(part)))[: len(part)]
-    return results
-
-
 def evaluate(
-    model: Model, world: World, count: int, cfg: float, seed: int, tell=lambda line: None
+    model: Model,
+    world: World,
+    count: int,
+    cfg: float,
+    seed: int,
+    num_seeds: int = 1,
+    splits: Sequence[str] = SPLITS,
+    tell=lambda line: None,
 ) -> tuple[dict, dict]:
-    """The report, and what was made: split → (examples, name of the row → pictures).
+    """The report, and what was made with the first seed: split → (examples, row → pictures).
 
     Args:
       count: edits of each split; half as many captions.
-      seed: of the examples.
+      seed: of the examples, and the first of the noise.
+      num_seeds: of the noise.
     """
     report, made = {}, {}
-    for split in SPLITS:
+    size = world.size_px, world.size_px
+    seeds = [seed + i * SEED_STRIDE for i in range(num_seeds)]
+    for split in splits:
         source = SceneSource(world, split, seed=seed, count=count)
         examples = [source[i] for i in range(count)]
         prompts = [e.text for e in examples]
         before = [render(e.source, world.size_px) for e in examples]
         after = [render(e.target, world.size_px) for e in examples]
+
+        def draw(references, scale, prompts=prompts):
+            return lambda seed: model.make(prompts, references, size, scale, seed)
+
         rows = {
-            "copy": lambda before=before: before,
-            "autoencoder": lambda after=after: model.reconstruct(after),
-            "text only": lambda prompts=prompts: model.make(prompts, None, world.size_px, 1),
-            "model": lambda p=prompts, b=before: model.make(p, b, world.size_px, 1),
+            "copy": (0, lambda seed, before=before: before),
+            "autoencoder": (0, lambda seed, after=after: model.reconstruct(after)),
+            "text only": (model.num_steps, draw(None, 1)),
+            "model": (model.num_steps, draw(before, 1)),
         }
         if cfg != 1:
-            rows[f"model, CFG {cfg:g}"] = lambda p=prompts, b=before: model.make(
-                p, b, world.size_px, cfg
-            )
+            rows[f"model, CFG {cfg:g}"] = 2 * model.num_steps, draw(before, cfg)
         report[split], pictures = {}, {}
-        for name, run in rows.items():
-            pictures[name] = run()
-            grades = [
-                grade(e.source, e.target, picture, world)
-                for e, picture in zip(examples, pictures[name], strict=True)
-            ]
-            report[split][name] = summarise(examples, grades)
-            tell(f"{split:8} {name:16} {_rate_text(report[split][name]['success'])}")
+        for name, (passes, run) in rows.items():
+            grades = []
+            for number in seeds if passes else seeds[:1]:
+                start = time.monotonic()
+                results = run(number)
+                seconds = time.monotonic() - start
+                grades.append(
+                    [
+                        grade(e.source, e.target, picture, world)
+                        for e, picture in zip(examples, results, strict=True)
+                    ]
+                )
+                pictures.setdefault(name, results)
+            means = [mean_grade(tries) for tries in zip(*grades, strict=True)]
+            report[split][name] = summarise(examples, means) | {
+                "passes": passes,
+                "ms_per_picture": 1000 * seconds / count,  # of the last seed, when all is compiled
+            }
+            tell(f"{split:8} {name:16} {rate_text(report[split][name]['success'])}")
         made[split] = examples, pictures
-
-        captions = dataclasses.replace(world, kinds=(CAPTION,))
-        source = SceneSource(captions, split, seed=seed, count=max(1, count // 2))
-        wanted = [source[i] for i in range(len(source))]
-        drawn = model.make([e.text for e in wanted], None, world.size_px, cfg)
-        exact = [parse(p, world) == e.target for e, p in zip(wanted, drawn, strict=True)]
+        exact = text_to_image(model, world, split, max(1, count // 2), cfg, seeds)
         report[split]["text to image"] = rate(exact)
-        tell(f"{split:8} text to image    {_rate_text(report[split]['text to image'])}")
+        tell(f"{split:8} text to image    {rate_text(report[split]['text to image'])}")
     return report, made
 
 
-# The report
+def text_to_image(
+    model: Model, world: World, split: str, count: int, cfg: float, seeds: Sequence[int]
+) -> list[float]:
+    """How often, of all seeds, the picture of each caption reads as its scene."""
+    captions = dataclasses.replace(world, kinds=(CAPTION,))
+    source = SceneSource(captions, split, seed=seeds[0], count=count)
+    wanted = [source[i] for i in range(count)]
+    size = world.size_px, world.size_px
+    drawn = [model.make([e.text for e in wanted], None, size, cfg, seed) for seed in seeds]
+    return [
+        float(np.mean([parse(picture, world) == e.target for picture in tries]))
+        for e, tries in zip(wanted, zip(*drawn, strict=True), strict=True)
+    ]
 
 
-def _rate_text(figure: dict[str, float]) -> str:
-    return f"{figure['percent']:.1f} [{figure['low']:.1f}, {figure['high']:.1f}]"
-
-
-def _mean_text(figure: dict[str, float] | None, factor: float = 1) -> str:
-    if figure is None:
-        return "–"
-    return f"{factor * figure['mean']:.1f} ± {factor * figure['half_width']:.1f}"
-
-
-def tables(report: dict) -> str:
-    """The report in Markdown; success in % with 95 % intervals, other measures ± the same."""
-    titles = {"seen": "Seen combinations", "held_out": "Held-out combinations"}
-    parts = []
-    for split, rows in report.items():
-        edits = {name: row for name, row in rows.items() if name != "text to image"}
-        count = next(iter(edits.values()))["success"]["count"]
-        parts += [
-            f"### {titles[split]} ({count} edits)",
-            "",
-            "| | success % | IoU@ΔE10 % | edited % | preserved % | PSNR outside, dB |",
-            "|---|---|---|---|---|---|",
-        ]
-        for name, row in edits.items():
-            measures = [_mean_text(row[f], 100) for f in ("iou", "edited", "preserved")]
-            cells = [_rate_text(row["success"]), *measures, _mean_text(row["psnr"])]
-            parts.append(f"| {name} | {' | '.join(cells)} |")
-        kinds = list(next(iter(edits.values()))["by_kind"])
-        parts += [
-            "",
-            f"| success % by kind | {' | '.join(kinds)} |",
-            "|---" * (len(kinds) + 1) + "|",
-        ]
-        for name, row in edits.items():
-            cells = [_rate_text(row["by_kind"][kind]) for kind in kinds]
-            parts.append(f"| {name} | {' | '.join(cells)} |")
-        parts += ["", f"Text to image, whole scene: {_rate_text(rows['text to image'])} %.", ""]
-    return "\n".join(parts)
-
-
-def contact_sheet(
-    examples: Sequence[SceneExample],
-    pictures: Sequence[np.ndarray],
-    world: World,
-    columns: int = 4,
-    zoom: int = 2,
+def scenes_sheet(
+    examples: Sequence[SceneExample], pictures: Sequence[np.ndarray], world: World, columns: int = 4
 ) -> np.ndarray:
-    """Source, result and target of each edit side by side under its instruction: uint8 RGB.
-
-    A green bar marks a success, a red one a failure.
-    """
-    from PIL import Image, ImageDraw
-
-    side, margin, caption_px = zoom * world.size_px, 6, 16
-    width, height = 3 * side + 2 * margin + 12, side + caption_px + margin
-    rows = -(-len(examples) // columns)
-    sheet = Image.new("RGB", (columns * width, rows * height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (example, picture) in enumerate(zip(examples, pictures, strict=True)):
-        x, y = i % columns * width, i // columns * height
+    """Source, result and target of each edit: see `contact_sheet`."""
+    rows, successes = [], []
+    for example, picture in zip(examples, pictures, strict=True):
         before, after = (render(s, world.size_px) for s in (example.source, example.target))
-        success = parse(picture, world) == example.target
-        draw.text((x + 2, y + 2), example.text, fill="black")
-        for j, pixels in enumerate((before, picture, after)):
-            shown = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(shown, (x + j * (side + 3), y + caption_px))
-        left = x + side + 3
-        bar = [left, y + caption_px + side, left + side - 1, y + caption_px + side + 2]
-        draw.rectangle(bar, fill=(0, 160, 0) if success else (210, 0, 0))
-    return np.asarray(sheet)
+        rows.append((before, picture, after))
+        successes.append(parse(picture, world) == example.target)
+    return contact_sheet([e.text for e in examples], rows, successes, columns)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -369,7 +271,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num", type=int, default=500, help="edits of each split")
     parser.add_argument("--steps", type=int, default=20, help="Euler steps")
     parser.add_argument("--cfg", type=float, default=2.5, help="scale of the guided row; 1: none")
-    parser.add_argument("--seed", type=int, default=0, help="of examples and noise")
+    parser.add_argument("--seed", type=int, default=0, help="of examples, and the first of noise")
+    parser.add_argument("--seeds", type=int, default=1, help="how many of noise")
     parser.add_argument("--out", default="", help="folder for edits.json, edits.md and edits.png")
     parser.add_argument("--sheet", type=int, default=24, help="edits on the contact sheet")
     args = parser.parse_args(argv)
@@ -385,9 +288,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     bundle = open_weights(args.weights)
     print(bundle.source, file=sys.stderr)
     world = WORLDS[args.world]
-    model = Model(Stages(bundle), args.steps, args.seed)
     report, made = evaluate(
-        model, world, args.num, args.cfg, args.seed, tell=lambda line: print(line, file=sys.stderr)
+        Model(Stages(bundle), args.steps),
+        world,
+        args.num,
+        args.cfg,
+        args.seed,
+        args.seeds,
+        tell=lambda line: print(line, file=sys.stderr),
     )
     text = tables(report)
     print(text)
@@ -400,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (out / "edits.md").write_text(text + "\n")
         examples, pictures = made["held_out"]
         best = pictures[list(pictures)[-1]]
-        sheet = contact_sheet(examples[: args.sheet], best[: args.sheet], world)
+        sheet = scenes_sheet(examples[: args.sheet], best[: args.sheet], world)
         write_png(out / "edits.png", sheet, {})
     return 0
 

@@ -1,0 +1,97 @@
+"""Pictures for an evaluation: whole lists of edits through the stages of a model."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from kontext_jax.latents import model_to_pixels
+from kontext_jax.sampler import initial_noise
+from kontext_jax.sizes import Size
+
+BATCH = 50
+
+
+class Model:
+    """Edits whole lists of pictures of one size by the stages of a model.
+
+    Args:
+      stages: `kontext_jax.stages.Stages`.
+      num_steps: Euler steps.
+    """
+
+    def __init__(self, stages, num_steps: int):
+        self.stages, self.num_steps = stages, num_steps
+        self._texts: dict[str, tuple] = {}
+
+    def _text(self, prompts: Sequence[str]) -> tuple:
+        """txt, vec of some prompts, each encoded once."""
+        for prompt in prompts:
+            if prompt not in self._texts:
+                self._texts[prompt] = self.stages.encode_text(prompt)
+        txt, vec = zip(*(self._texts[prompt] for prompt in prompts), strict=True)
+        return np.concatenate(txt), np.concatenate(vec)
+
+    def _latents(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate([self.stages.encode_picture(picture) for picture in pictures])
+
+    def _pixels(self, latents: np.ndarray) -> list[np.ndarray]:
+        return [model_to_pixels(picture, "round") for picture in self.stages.decode(latents)]
+
+    def reconstruct(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Pictures through the autoencoder and back."""
+        return _in_batches(lambda part: self._pixels(self._latents(part)), pictures)
+
+    def make(
+        self,
+        prompts: Sequence[str],
+        sources: Sequence[np.ndarray] | None,
+        size: Size,
+        cfg: float,
+        seed: int,
+    ) -> list[np.ndarray]:
+        """Pictures from prompts and, unless None, one reference each.
+
+        Args:
+          size: (width, height) of all pictures, in pixels.
+          cfg: scale of guidance away from the empty prompt, with the reference; 1: none.
+          seed: of the noise; picture i gets seed + i.
+        """
+        preset = self.stages.preset
+        columns, rows = (side // preset.vae.downsampling for side in size)
+
+        def run(indices: Sequence[int]) -> list[np.ndarray]:
+            count = len(indices)
+            txt, vec = self._text([prompts[i] for i in indices])
+            negative = scale = None
+            if cfg != 1:
+                negative = self._text([""] * count)
+                scale = np.full(count, cfg, np.float32)
+            seeds = [seed + i for i in indices]
+            noise = initial_noise(seeds, rows, columns, preset.vae.z_channels)
+            references = []
+            if sources is not None:
+                references = [self._latents([sources[i] for i in indices])]
+            takes_guidance = preset.mmdit.guidance_embed
+            return self._pixels(
+                self.stages.denoise(
+                    noise,
+                    txt,
+                    vec,
+                    num_steps=self.num_steps,
+                    guidance=np.ones(count, np.float32) if takes_guidance else None,
+                    references=references,
+                    negative=negative,
+                    true_cfg_scale=scale,
+                )
+            )
+
+        return _in_batches(run, range(len(prompts)))
+
+
+def _in_batches(run: Callable, items: Sequence) -> list[np.ndarray]:
+    """Runs batches of one size, the last filled up with its first item: nothing recompiles."""
+    results = []
+    for start in range(0, len(items), BATCH):
+        part = list(items[start : start + BATCH])
+        results += run(part + part[:1] * (BATCH - len(part)))[: len(part)]
+    return results
