@@ -49,10 +49,10 @@ _CHIPS = (
     Chip("v6e", ("TPU v6",), 918e12, 32 * GIB, 1640e9, 448e9, 12.5e9, 1.75e9),
     Chip("v4i", ("TPU v4 lite",), 138e12, 8 * GIB, 614e9, 100e9, 3.125e9, 1.05e9),
     Chip("v4", ("TPU v4",), 275e12, 32 * GIB, 1228e9, 300e9, 6.25e9, 1.05e9),
-    Chip("a100", ("NVIDIA A100",), 312e12, 80e9, 2039e9, 300e9, 25e9),
-    Chip("h100-pcie", ("NVIDIA H100 PCIe",), 756e12, 80e9, 2000e9, 0, 50e9),
+    Chip("a100", ("NVIDIA A100",), 312e12, 79.2 * GIB, 2039e9, 300e9, 25e9),
+    Chip("h100-pcie", ("NVIDIA H100 PCIe",), 756e12, 79.1 * GIB, 2000e9, 0, 50e9),
     Chip("h100", ("NVIDIA H100",), 989e12, 79.1 * GIB, 3352e9, 450e9, 50e9),
-    Chip("h200", ("NVIDIA H200",), 989e12, 141e9, 4800e9, 450e9, 50e9),
+    Chip("h200", ("NVIDIA H200",), 989e12, 140 * GIB, 4800e9, 450e9, 50e9),
 )
 CHIPS = {chip.name: chip for chip in _CHIPS}
 

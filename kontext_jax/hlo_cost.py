@@ -27,7 +27,7 @@ from kontext_jax.hlo import Instruction, Program, array_text, arrays, num_bytes
 from kontext_jax.hlo_collectives import Collective, collectives_of
 from kontext_jax.hlo_kernels import attention_call, bytes_moved, is_gemm, product_flops
 
-CATEGORIES = ("matmul", "attention", "norm", "elementwise", "data movement")
+CATEGORIES = ("matmul", "attention", "reduction", "elementwise", "data movement")
 
 # Operations that do nothing by themselves when a program runs.
 _FREE = {
@@ -314,7 +314,7 @@ class _Estimator:
         if ops & {"dot", "convolution"} or is_gemm(instruction):
             return "matmul"
         if any(op.startswith("reduce") for op in ops):
-            return "norm"
+            return "reduction"
         if instruction.op == "fusion":
             return "data movement" if ops <= _MOVES_WITHIN else "elementwise"
         return "data movement" if instruction.op in _MOVES else "elementwise"

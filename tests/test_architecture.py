@@ -63,6 +63,7 @@ FLOORS = {
     6: ("evaluation", "runs", "training_journal", "flow_matching_task", "autoencoder_task"),
     7: ("task_table",),
     8: ("train_loop",),
+    9: ("plan",),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 

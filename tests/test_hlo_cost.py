@@ -112,7 +112,7 @@ def test_cycles_are_summed_over_loops_by_what_they_do():
     found = hlo_cost.estimate(TPU, "v5p")
     assert found.seconds_by_category["matmul"] == pytest.approx(2 * 700e-6)
     assert found.seconds_by_category["data movement"] == pytest.approx(4 * 1e-6)
-    assert found.seconds_by_category["norm"] == pytest.approx(4 * 2e-6)
+    assert found.seconds_by_category["reduction"] == pytest.approx(4 * 2e-6)
     assert "elementwise" not in found.seconds_by_category
     assert [(loop.times, loop.entered, loop.exact) for loop in found.loops] == [
         (2, 1, True),
@@ -160,7 +160,7 @@ def test_a_loop_of_unknown_length_runs_as_often_as_the_caller_says():
     assert Program(unknown).entry == "main"
     found = hlo_cost.estimate(unknown, "v5p", unknown_trips=28)
     assert [(loop.times, loop.exact) for loop in found.loops] == [(2, True), (28, False)]
-    assert found.seconds_by_category["norm"] == pytest.approx(28 * 2e-6)
+    assert found.seconds_by_category["reduction"] == pytest.approx(28 * 2e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,170 @@
+"""What would run, as programs to compile: from configs and requests to functions and shapes.
+
+The functions are those of the training loop and of the sampling stages themselves. No weights are
+read: shapes follow from the preset.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kontext_jax import conditioning, sharding
+from kontext_jax.checkpoint import parameter_shapes, untrained_bundle
+from kontext_jax.compiler_options import Purpose
+from kontext_jax.data.buckets import bucket_sizes
+from kontext_jax.flow_matching_task import UNTRAINED
+from kontext_jax.models.presets import Preset
+from kontext_jax.ops.attention import backend_for
+from kontext_jax.plan.targets import Target
+from kontext_jax.task_table import make_task
+from kontext_jax.train_config import TrainConfig
+from kontext_jax.train_loop import abstract_state, check_batch_size, tree_bytes
+from kontext_jax.training_tasks import DTYPES
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A function to compile for given shapes.
+
+    Attributes:
+      title: what it is, for people.
+      args: shapes with shardings.
+      jit_options: see `jax.jit`.
+      is_split: whether it is traced for the mesh; not so where one device does all.
+      precision: of float32 products, see `jax.default_matmul_precision`.
+      held: what → bytes of one device that it holds throughout, arguments of the program or not.
+      beside: those of `held` that are no arguments: other programs' weights.
+      flops: of the model itself, on all devices together; None: they are not counted.
+      images: that one run makes or learns from, on all devices together.
+    """
+
+    title: str
+    function: Callable
+    args: tuple
+    mesh: Mesh
+    purpose: Purpose
+    jit_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    is_split: bool = True
+    precision: str | None = None
+    held: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    beside: tuple[str, ...] = ()
+    flops: float | None = None
+    images: int = 1
+
+    def lower(self) -> jax.stages.Lowered:
+        rules = sharding.activation_rules(self.mesh) if self.is_split else contextlib.nullcontext()
+        with rules, jax.default_matmul_precision(self.precision):
+            return jax.jit(self.function, **self.jit_options).lower(*self.args)
+
+
+def without_weights(config: TrainConfig, platform: str) -> TrainConfig:
+    """The config with nothing to read from disk, and attention named for the platform."""
+    backend = config.attention_backend
+    if backend == "auto":
+        backend = backend_for(platform, config.model.mmdit.head_dim, DTYPES[config.dtype])
+    trains_mmdit = config.objective == "flow_matching"
+    return dataclasses.replace(
+        config,
+        weights=UNTRAINED if config.train == "lora" else "",
+        encoders=UNTRAINED if trains_mmdit else "",
+        autoencoder_weights="",
+        attention_backend=backend,
+    )
+
+
+def default_inputs(config: TrainConfig) -> tuple[tuple[int, int], int]:
+    """(size, number of references) of the config's largest examples: (width, height), 0 or 1."""
+    sizes = bucket_sizes(config.data.resolution, config.data.buckets)
+    square = (config.data.resolution,) * 2
+    size = square if square in sizes else max(sizes, key=math.prod)
+    has_references = config.data.fraction_with_references > 0
+    return size, int(has_references and config.objective == "flow_matching")
+
+
+def training_step(
+    config: TrainConfig, target: Target, size: tuple[int, int], num_references: int
+) -> Program:
+    """The step of `train.py` with this config, on the target's devices.
+
+    Raises:
+      ValueError: the mesh or the batch does not divide among the devices.
+    """
+    mesh = sharding.make_mesh(config.mesh, target.devices)
+    check_batch_size(config, sharding.num_batch_shards(mesh))
+    ready = without_weights(config, target.chip.platform)
+    task = make_task(ready, lambda path: untrained_bundle(config.preset))
+    state = abstract_state(task, mesh)
+    frozen = _placed(mesh, task.frozen_shapes(), sharding.state_shardings)
+    batch = _placed(
+        mesh,
+        task.abstract_batch(config.batch_size, size, num_references),
+        sharding.batch_shardings,
+    )
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
+    held = {
+        "parameters": tree_bytes(state.params),
+        "optimizer": tree_bytes(state.opt_state),
+        "average of parameters": tree_bytes(state.ema_params),
+        "other trained": tree_bytes(state.extra),
+        "frozen": tree_bytes(frozen),
+        "batch": tree_bytes(batch),
+    }
+    if config.objective == "flow_matching" and not config.data.cache:
+        held["encoders"] = _encoder_bytes(config, mesh)
+    work = task.work(batch)
+    width, height = size
+    references = f" + {num_references} reference(s)" if num_references else ""
+    parts = f" in {config.accumulate_steps} parts" if config.accumulate_steps > 1 else ""
+    return Program(
+        title=f"training step, {config.batch_size} × {width}×{height}{references}{parts}, "
+        f"{work.tokens // work.images} tokens, remat {config.remat}",
+        function=task.objective.step,
+        args=(state, frozen, batch, key),
+        mesh=mesh,
+        purpose="train",
+        jit_options={
+            "donate_argnums": 0,
+            "out_shardings": (jax.tree.map(lambda x: x.sharding, state), everywhere),
+        },
+        precision="highest" if config.dtype == "float32" else None,
+        held={name: size for name, size in held.items() if size},
+        beside=("encoders",),
+        flops=work.flops,
+        images=work.images,
+    )
+
+
+def _encoder_bytes(config: TrainConfig, mesh: Mesh) -> float:
+    """Of the frozen encoders on one device, where the examples come as pictures and prompts."""
+    preset, dtype = config.model, DTYPES[config.dtype]
+    stored = {kind: dtype for kind in conditioning.ENCODER_KINDS} | {"vae": jnp.float32}
+    return tree_bytes(
+        {
+            kind: _placed(mesh, network_shapes(preset, kind, dtype), sharding.state_shardings)
+            for kind, dtype in stored.items()
+        }
+    )
+
+
+def network_shapes(preset: Preset, kind: str, dtype: Any) -> Any:
+    """Shapes of a network's parameters, stored in `dtype`."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype),
+        parameter_shapes(kind, getattr(preset, kind)),
+    )
+
+
+def _placed(mesh: Mesh, tree: Any, shardings_of: Callable) -> Any:
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        tree,
+        shardings_of(mesh, tree),
+    )

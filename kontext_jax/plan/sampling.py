@@ -1,0 +1,243 @@
+"""The programs of a sampling request, found by letting the stages run without computing.
+
+`Stages` goes through a request as ever, but what it would compile is written down, with the shapes
+and places of its arguments, and zeros are what comes out.
+"""
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kontext_jax import latents, placement, sharding
+from kontext_jax.checkpoint import parameter_shapes, untrained_bundle
+from kontext_jax.flops import mmdit_flops
+from kontext_jax.models.presets import PRESETS, Preset
+from kontext_jax.models.vae import VAE
+from kontext_jax.models.vae_tiling import vae_peak_bytes
+from kontext_jax.plan.programs import Program
+from kontext_jax.plan.targets import Target
+from kontext_jax.sharding import MeshConfig
+from kontext_jax.stages import Stages
+from kontext_jax.tokenizing import TextIds
+from kontext_jax.train_loop import tree_bytes
+
+WEIGHTS_USED_BY = {  # program → networks whose weights are its arguments
+    "text": ("t5", "clip"),
+    "encode": ("vae",),
+    "prepare": ("mmdit",),
+    "run": ("mmdit",),
+    "decode": ("vae",),
+}
+NETWORK_NAMES = {"mmdit": "transformer", "vae": "autoencoder", "t5": "T5", "clip": "CLIP"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is to be sampled.
+
+    Attributes:
+      size: (width, height) in pixels, of the target and of each reference.
+      mesh: sizes by axis, as `placement.parse_mesh` reads them; {}: one device.
+    """
+
+    preset: str = "kontext-dev"
+    size: tuple[int, int] = (1024, 1024)
+    num_references: int = 1
+    num_steps: int = 28
+    batch_size: int = 1
+    dtype: str = "bfloat16"
+    mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One program of a request, and how often it runs in one."""
+
+    name: str
+    program: Program
+    times: int = 1
+    repeats: int = 1  # of its loop of unknown length
+    in_tiles: bool = False  # it would not fit whole; what runs are tiles, which are not compiled
+
+
+def sampling_stages(request: Request, target: Target) -> list[Stage]:
+    """The programs of a request in the order in which they run.
+
+    Raises:
+      ValueError: the preset takes no references, or the mesh does not fit the devices.
+    """
+    preset = PRESETS[request.preset]
+    if request.num_references and not preset.takes_references:
+        raise ValueError(f"{request.preset} takes no references; set --references 0")
+    mesh = placement.sampling_mesh(request.mesh, list(target.devices))
+    if mesh is None:
+        one = MeshConfig(fsdp=1)
+        mesh = sharding.make_mesh(one, target.devices[:1])
+    stages = _PlannedStages(request, mesh, target)
+    width, height = request.size
+    grid = height // preset.vae.downsampling, width // preset.vae.downsampling
+    batch, dtype = request.batch_size, jnp.dtype(request.dtype)
+    noise = jnp.zeros((batch, *grid, preset.vae.z_channels), np.float32)
+    txt, vec = stages.encode_text("a prompt")
+    txt, vec = (jnp.zeros((batch, *x.shape[1:]), dtype) for x in (txt, vec))
+    references = ()
+    if request.num_references:
+        stages.encode_picture(np.zeros((height, width, 3), np.uint8))
+        references = (noise,) * request.num_references
+    guidance = np.ones(batch, np.float32) if preset.mmdit.guidance_embed else None
+    x = stages.denoise(
+        noise, txt, vec, num_steps=request.num_steps, guidance=guidance, references=references
+    )
+    at_once = stages.num_batch_parts
+    stages.decode(x[:at_once])
+
+    times = {"encode": request.num_references, "decode": batch // at_once}
+    repeats = {"run": request.num_steps}
+    return [
+        Stage(name, program, times.get(name, 1), repeats.get(name, 1), name in stages.in_tiles)
+        for name, program in stages.programs().items()
+    ]
+
+
+class _Ids:
+    """In place of tokenizers: the shapes of what they make."""
+
+    def __init__(self, preset: Preset):
+        self._shapes = ((1, preset.max_text_tokens), (1, preset.clip.max_position_embeddings))
+
+    def tokenize(self, prompts: list[str], max_text_tokens: int) -> tuple[TextIds, list[str]]:
+        t5, clip = (np.zeros(shape, np.int32) for shape in self._shapes)
+        return TextIds(t5=t5, clip=clip, t5_mask=np.ones_like(t5, bool)), []
+
+
+class _NoPlacement(placement.Placement):
+    """Leaves arrays where they are, and remembers where they should have gone."""
+
+    def __init__(self, mesh: Mesh):
+        super().__init__(mesh)
+        object.__setattr__(self, "remembered", {})
+
+    def split(self, axis: int | None = 0) -> None:
+        return None
+
+    def place(self, batch: Any) -> Any:
+        self.remember(batch, sharding.batch_shardings(self.mesh, batch))
+        return batch
+
+    def remember(self, tree: Any, places: Any) -> None:
+        for leaf, where in zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True):
+            self.remembered[id(leaf)] = leaf, where
+
+
+class _PlannedStages(Stages):
+    """Stages that write down what they would compile."""
+
+    def __init__(self, request: Request, mesh: Mesh, target: Target):
+        super().__init__(untrained_bundle(request.preset), dtype=request.dtype)
+        self._request, self._target, self._mesh = request, target, mesh
+        self._placement = _NoPlacement(mesh)
+        self._tokenizers = _Ids(self.preset)
+        self._found: dict[str, Program] = {}
+        self.in_tiles: set[str] = set()
+
+    @property
+    def num_batch_parts(self) -> int:
+        return self._placement.num_batch_parts
+
+    def programs(self) -> dict[str, Program]:
+        """By name, each with the weights of all networks, which stay in memory."""
+        held = {NETWORK_NAMES[kind]: tree_bytes(self._load(kind)) for kind in NETWORK_NAMES}
+        found = {}
+        for name, program in self._found.items():
+            used = {NETWORK_NAMES[kind] for kind in WEIGHTS_USED_BY[name]}
+            inputs = tree_bytes(program.args) - sum(held[network] for network in used)
+            found[name] = dataclasses.replace(
+                program,
+                held=held | {"inputs": inputs},
+                beside=tuple(network for network in held if network not in used),
+            )
+        return found
+
+    def _load(self, kind: str) -> Any:
+        if kind not in self._params:
+            dtype = jnp.float32 if kind == "vae" else self._compute_dtype
+            shapes = parameter_shapes(kind, self.bundle.components[kind].config)
+            self._params[kind] = jax.tree.map(
+                lambda x, where: jax.ShapeDtypeStruct(x.shape, dtype, sharding=where),
+                shapes,
+                sharding.state_shardings(self._mesh, shapes),
+            )
+        return self._params[kind]
+
+    def _tile_px(self, vae: VAE, height_px: int, width_px: int) -> int | None:
+        held = sum(tree_bytes(self._load(kind)) for kind in NETWORK_NAMES)
+        free = self._target.chip.hbm_bytes - held
+        self._needs_tiles = vae_peak_bytes(vae.config, height_px, width_px, vae.dtype) > 0.9 * free
+        return None
+
+    def _compile(self, key, make, *args, dtype: Any = None, batch_axis: int | None = None):
+        name, function = key[0], make()
+        everywhere = NamedSharding(self._mesh, PartitionSpec())
+        real, is_split = placement.Placement(self._mesh), self._mesh.size > 1
+
+        def shape_of(x: Any) -> jax.ShapeDtypeStruct:
+            if isinstance(x, jax.ShapeDtypeStruct):
+                return x
+            _, where = self._placement.remembered.get(id(x), (x, everywhere))
+            return jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x), sharding=where)
+
+        if name in ("encode", "decode") and self._needs_tiles:
+            self.in_tiles.add(name)
+        shapes = jax.tree.map(shape_of, args)
+        precise = (self._compute_dtype if dtype is None else dtype) == jnp.float32
+        self._found[name] = Program(
+            title=self._title(name, args),
+            function=function,
+            args=shapes,
+            mesh=self._mesh,
+            purpose="sample",
+            jit_options={"out_shardings": real.split(batch_axis)} if is_split else {},
+            is_split=is_split,
+            precision="highest" if precise else None,
+            flops=self._flops() if name == "run" else None,
+            images=self._request.batch_size,
+        )
+
+        def run(*args):
+            with self._placement.rules() if is_split else contextlib.nullcontext():
+                results = jax.eval_shape(function, *shapes)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), results)
+            self._placement.remember(zeros, jax.tree.map(lambda _: real.split(batch_axis), zeros))
+            return zeros
+
+        return run
+
+    def _finite(self, x: Any, what: str) -> Any:
+        return x
+
+    def _num_tokens(self) -> int:
+        width, height = self._request.size
+        tokens = latents.num_tokens(width, height) * (1 + self._request.num_references)
+        return tokens + self.preset.max_text_tokens
+
+    def _flops(self) -> float:
+        num_text = self.preset.max_text_tokens
+        once = mmdit_flops(self.preset.mmdit, num_text, self._num_tokens() - num_text).forward
+        return once * self._request.num_steps * self._request.batch_size
+
+    def _title(self, name: str, args: tuple) -> str:
+        request = self._request
+        width, height = request.size
+        return {
+            "text": "text encoders: one prompt",
+            "encode": f"autoencoder: a {width}×{height} reference to latents",
+            "prepare": f"modulation of all {request.num_steps} steps",
+            "run": f"denoiser: {request.batch_size} × {width}×{height}, {request.num_references} "
+            f"reference(s), {self._num_tokens()} tokens, {request.num_steps} steps",
+            "decode": f"autoencoder: latents to a {width}×{height} picture",
+        }[name]
