@@ -98,10 +98,23 @@ def as_dtype(dtype) -> np.dtype | None:
     return None if dtype is None else np.dtype(dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """In place of a device for `place_leaves`: layers of some stacks become leaves of their own.
+
+    Attributes:
+      stacks: first names of paths, whose leaves "stack/q" become "stack/0/q", "stack/1/q", ….
+      device: where to; if it decides by leaf, it sees the paths and shapes of single layers.
+    """
+
+    stacks: tuple[str, ...]
+    device: jax.Device | jax.sharding.Sharding | Place | None = None
+
+
 def place_leaves(
     paths: Iterable[str],
     read: Callable[[str], np.ndarray],
-    device: jax.Device | jax.sharding.Sharding | Place | None,
+    device: jax.Device | jax.sharding.Sharding | Place | Listed | None,
 ) -> Params:
     """The tree of `read(path)`, each leaf on its device before the next one is read.
 
@@ -109,16 +122,24 @@ def place_leaves(
     """
     import jax
 
-    leaves = {}
+    stacks: tuple[str, ...] = ()
+    if isinstance(device, Listed):
+        stacks, device = device.stacks, device.device
+    placed = {}
     for path in paths:
         leaf = read(path)
-        where = device(path, leaf.shape) if callable(device) else device
-        if isinstance(where, jax.sharding.Sharding) and not where.is_fully_addressable:
-            placed = jax.make_array_from_callback(leaf.shape, where, leaf.__getitem__)
-        else:
-            placed = jax.device_put(leaf, where)
-        leaves[path] = placed.block_until_ready()
-    return unflatten(leaves)
+        stack, _, rest = path.partition("/")
+        parts = {path: leaf}
+        if stack in stacks:
+            parts = {f"{stack}/{i}/{rest}": layer for i, layer in enumerate(leaf)}
+        for name, part in parts.items():
+            where = device(name, part.shape) if callable(device) else device
+            if isinstance(where, jax.sharding.Sharding) and not where.is_fully_addressable:
+                placed[name] = jax.make_array_from_callback(part.shape, where, part.__getitem__)
+            else:
+                placed[name] = jax.device_put(part, where)
+        jax.block_until_ready([placed[name] for name in parts])
+    return unflatten(placed)
 
 
 def read_edited(

@@ -98,6 +98,8 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
 _PARAMETER_PATTERNS = tuple(
     (re.compile(rf"(?:^|.*/){pattern}$"), axes) for pattern, axes in PARAMETER_AXES
 )
+# "single_blocks/3/q/kernel" is one layer of "single_blocks/q/kernel" (`models.block_stack`).
+_LAYER_OF_A_LIST = re.compile(r"(double_blocks|single_blocks)/\d+/")
 
 # Fields of a batch that every example shares: name → rank of the shared form.
 SHARED_FIELDS = {"pe": 3, "null_txt": 2, "null_vec": 1}
@@ -254,7 +256,9 @@ def path_name(path: Sequence[Any]) -> str:
 
 def parameter_axes(path: str) -> tuple[str, ...] | None:
     """Logical axes of the parameter at the end of a path, () if it is copied, None if unknown."""
-    return next((axes for pattern, axes in _PARAMETER_PATTERNS if pattern.match(path)), None)
+    stacked = _LAYER_OF_A_LIST.sub(r"\1/", path)
+    axes = next((axes for pattern, axes in _PARAMETER_PATTERNS if pattern.match(stacked)), None)
+    return axes[1:] if axes and stacked != path else axes
 
 
 def _adapter_axes(path: str, num_axes: int) -> tuple[str, ...] | None:

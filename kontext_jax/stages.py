@@ -13,10 +13,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kontext_jax import compiler_options, conditioning, flow, latents
-from kontext_jax.checkpoint import ModelBundle
+from kontext_jax.checkpoint import Listed, ModelBundle
 from kontext_jax.compiling import Executables, Timings
 from kontext_jax.models.clip import CLIPText
-from kontext_jax.models.mmdit import Conditioning, MMDiT, make_velocity_fn, prepare_steps
+from kontext_jax.models.mmdit import (
+    BLOCK_STACKS,
+    Conditioning,
+    MMDiT,
+    block_form_for,
+    make_velocity_fn,
+    prepare_steps,
+)
 from kontext_jax.models.t5 import T5Encoder
 from kontext_jax.models.vae import VAE
 from kontext_jax.models.vae_tiling import decode_tiled, encode_tiled, vae_peak_bytes
@@ -67,6 +74,7 @@ class Stages:
         self._compute_dtype = DTYPES[dtype]
         self._tiling = tiling
         self._placement = Placement(mesh)
+        self._block_form = block_form_for(jax.default_backend())
         self._tell = tell
         self._executables = Executables(
             self.timings,
@@ -151,7 +159,8 @@ class Stages:
         """
         self._check_batch(noise.shape[0])
         params = self._load("mmdit")
-        model = MMDiT(self.bundle.components["mmdit"].config, dtype=self._compute_dtype)
+        config = self.bundle.components["mmdit"].config
+        model = MMDiT(config, dtype=self._compute_dtype, block_form=self._block_form)
         _, latent_height, latent_width, _ = noise.shape
         cond = conditioning.make_conditioning(
             model.config,
@@ -266,10 +275,11 @@ class Stages:
         if kind not in self._params:
             # The autoencoder is small and kept exact; each request's numerics cast it.
             dtype = jnp.float32 if kind == "vae" else self._compute_dtype
+            device = self._placement.weights
+            if kind == "mmdit" and self._block_form == "list":
+                device = Listed(BLOCK_STACKS, device)
             with self.timings.measure("load"):
-                params = self.bundle.components[kind].load(
-                    dtype=dtype, device=self._placement.weights
-                )
+                params = self.bundle.components[kind].load(dtype=dtype, device=device)
                 self._params[kind] = jax.block_until_ready(params)
         return self._params[kind]
 

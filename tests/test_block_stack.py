@@ -5,8 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kontext_jax import sharding
+from kontext_jax.checkpoint import Listed, untrained_bundle
 from kontext_jax.models import lora
-from kontext_jax.models.mmdit import Conditioning, MMDiT, init_params, make_velocity_fn, unstacked
+from kontext_jax.models.mmdit import (
+    BLOCK_STACKS,
+    Conditioning,
+    MMDiT,
+    init_params,
+    make_velocity_fn,
+    unstacked,
+)
 from kontext_jax.models.presets import MMDiTConfig
 from kontext_jax.ops.rope import rope_table
 
@@ -15,8 +24,8 @@ CONFIG = MMDiTConfig(
     out_channels=8,
     hidden_size=32,
     num_heads=2,
-    depth=2,
-    depth_single_blocks=3,
+    depth=1,
+    depth_single_blocks=2,
     context_in_dim=12,
     vec_in_dim=6,
     axes_dim=(4, 6, 6),
@@ -35,10 +44,6 @@ def setting():
     return model, params, cond, draw(1, 4, 8)
 
 
-def copied(params):
-    return jax.tree.map(jnp.copy, params)
-
-
 def velocity(model, params, cond, x, adapters=None):
     def run(params, adapters):
         return make_velocity_fn(model, params, cond, adapters)(x, jnp.full(1, 0.5), None)
@@ -47,39 +52,51 @@ def velocity(model, params, cond, x, adapters=None):
         return jax.jit(run)(params, adapters)
 
 
-def test_a_list_of_blocks_computes_what_the_scan_does(setting):
-    model, params, cond, x = setting
-    listed = model.clone(block_form="list")
-    want = velocity(model, params, cond, x)
-    got = velocity(listed, unstacked(copied(params)), cond, x)
-    assert float(jnp.std(want)) > 0.01
-    np.testing.assert_allclose(got, want, atol=1e-5)
-
-
-def test_unstacked_parameters_are_those_of_the_list_and_use_up_the_stacks(setting):
-    model, params, _, _ = setting
-    given = copied(params)
-    got = unstacked(given)
-    wanted = jax.eval_shape(
-        lambda key: init_params(model.clone(block_form="list"), key), jax.random.key(0)
-    )
-    assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, wanted)
-    kernel = got["single_blocks"]["2"]["mlp_in"]["kernel"]
-    np.testing.assert_array_equal(kernel, params["single_blocks"]["mlp_in"]["kernel"][2])
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given["single_blocks"]))
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(got))
-
-
-def test_adapters_apply_to_a_list_once_unstacked_and_are_refused_before(setting):
+def test_a_list_of_blocks_computes_what_the_scan_does_with_adapters_too(setting):
     model, params, cond, x = setting
     listed = model.clone(block_form="list")
     adapters = lora.init_lora(lora.LoraConfig(rank=2), params, jax.random.key(1))
     adapters = jax.tree.map(lambda leaf: leaf + 0.1, adapters)
     want = velocity(model, params, cond, x, adapters)
-    got = velocity(listed, unstacked(copied(params)), cond, x, unstacked(copied(adapters)))
+    got = velocity(listed, unstacked(params), cond, x, unstacked(adapters))
+    assert float(jnp.std(want)) > 0.01
     np.testing.assert_allclose(got, want, atol=1e-5)
     with pytest.raises(ValueError, match=r"adapters are stacked.*unstack them"):
-        velocity(listed, unstacked(copied(params)), cond, x, adapters)
+        velocity(listed, unstacked(params), cond, x, adapters)
+
+
+def test_unstacked_parameters_are_those_of_the_list(setting):
+    model, params, _, _ = setting
+    listed = model.clone(block_form="list")
+    got = unstacked(params)
+    wanted = jax.eval_shape(lambda key: init_params(listed, key), jax.random.key(0))
+    assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, wanted)
+    kernel = got["single_blocks"]["1"]["mlp_in"]["kernel"]
+    np.testing.assert_array_equal(kernel, params["single_blocks"]["mlp_in"]["kernel"][1])
+
+
+def test_weights_can_be_loaded_as_a_list_and_each_layer_is_asked_where_it_goes():
+    component = untrained_bundle("tiny").components["mmdit"]
+    asked = {}
+
+    def place(path, shape):
+        asked[path] = shape
+        return jax.devices()[0]
+
+    got = component.load(device=Listed(BLOCK_STACKS, place))
+    want = unstacked(component.load())
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert asked["single_blocks/1/q/kernel"] == want["single_blocks"]["1"]["q"]["kernel"].shape
+    assert asked["single_mod/kernel"] == want["single_mod"]["kernel"].shape
+
+
+def test_a_layer_of_a_list_lies_like_a_layer_of_the_stack():
+    for path in ("double_blocks/img_attn/q/kernel", "single_blocks/mlp_out/kernel"):
+        stack, rest = path.split("/", 1)
+        layers, *others = sharding.parameter_axes(path)
+        assert layers == "layers"
+        assert sharding.parameter_axes(f"{stack}/11/{rest}") == tuple(others)
+    assert sharding.parameter_axes("single_blocks/3/query_norm/scale") == ()
 
 
 def test_an_unknown_form_is_refused(setting):

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from kontext_jax.types import Params
 
@@ -73,25 +72,6 @@ class _BlockList(nn.Module):
 
 
 def unstack(params: Params) -> Params:
-    """Stacked parameters of blocks as a list of layers, {"0": …}; uses up the device arrays given.
-
-    Stacks are freed one by one, so that no more than one of them exists twice.
-    """
-    leaves, tree = jax.tree.flatten(params)
-    layers: list[list[jax.Array]] = []
-    while leaves:
-        stacked = leaves.pop(0)
-        layers.append(list(_split(stacked)))
-        stacked.delete()
-    return {
-        str(i): jax.tree.unflatten(tree, [leaf[i] for leaf in layers])
-        for i in range(len(layers[0]))
-    }
-
-
-def _split(stacked: jax.Array) -> tuple[jax.Array, ...]:
-    sharding = stacked.sharding
-    if isinstance(sharding, NamedSharding):
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    split = jax.jit(tuple, out_shardings=sharding)
-    return jax.block_until_ready(split(stacked))
+    """Stacked parameters of blocks as a list of layers, {"0": …}."""
+    length = jax.tree.leaves(params)[0].shape[0]
+    return {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(length)}

@@ -39,6 +39,7 @@ from kontext_jax.ops.rope import apply_rope
 from kontext_jax.sharding import constrain
 from kontext_jax.types import Params, VelocityFn
 
+BLOCK_STACKS = ("double_blocks", "single_blocks")
 Remat = Literal["none", "full", "save_attention", "save_outputs", "save_qkv", "save_products"]
 
 # Policy → the products of a block that are kept for the backward pass besides the block's input.
@@ -343,9 +344,13 @@ def init_params(model: MMDiT, key: jax.Array) -> Params:
 
 
 def unstacked(params: Params) -> Params:
-    """Parameters for `block_form` "list", of stacked ones on devices, which are used up."""
-    stacks = ("double_blocks", "single_blocks")
-    return {name: unstack(tree) if name in stacks else tree for name, tree in params.items()}
+    """Parameters for `block_form` "list", of stacked ones; `checkpoint.Listed` loads them so."""
+    return {name: unstack(tree) if name in BLOCK_STACKS else tree for name, tree in params.items()}
+
+
+def block_form_for(platform: str) -> BlockForm:
+    """The form that samples fastest on a platform ("tpu", "gpu", "cuda", "cpu")."""
+    return "list" if platform in ("gpu", "cuda") else "scan"
 
 
 @flax.struct.dataclass
