@@ -142,10 +142,11 @@ def test_a_platform_has_a_backend_by_name(platform, head_dim, dtype, backend):
     assert backend_for(platform, head_dim, dtype) == backend
 
 
-def test_splash_refuses_unequal_lengths():
-    q, k, v = random_qkv(head_dim=128)
-    with pytest.raises(NotImplementedError, match="found 40 and 50"):
-        attention(q[:, :, :40], k, v, backend="splash")
+@pytest.mark.parametrize(("backend", "head_dim"), [("chunked", 16), ("splash", 128)])
+def test_some_of_the_queries_attend_as_among_all(backend, head_dim):
+    q, k, v = random_qkv(head_dim=head_dim)
+    out = attention(q[:, :, :40], k, v, backend=backend)
+    np.testing.assert_allclose(out, plain(q, k, v, head_dim**-0.5)[:, :, :40], atol=5e-6)
 
 
 def test_wrong_arguments_are_refused():

@@ -236,36 +236,35 @@ def _splash(q, k, v, scale):
     # Importing Pallas takes seconds; only programs that may run on a TPU pay for it.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    num_queries, num_keys = q.shape[2], k.shape[2]
-    if num_queries != num_keys:
-        raise NotImplementedError(
-            f"splash attention takes as many queries as keys, found {num_queries} and {num_keys}"
-        )
-    padded, block_q, block_kv = splash_blocks(num_queries)
-    padding = ((0, 0), (0, 0), (0, padded - num_queries), (0, 0))
-    blocks = splash.BlockSizes(
-        block_q=block_q,
-        block_kv=block_kv,
-        block_q_dkv=block_q,
-        block_kv_dkv=block_kv,
-        use_fused_bwd_kernel=True,
-    )
-    segments = None
-    if padded != num_queries:
-        ids = (jnp.arange(padded) >= num_queries).astype(jnp.int32)
-        segments = splash.SegmentIds(q=ids, kv=ids)
-
-    def run(interpret, q, k, v):
-        mask = splash.MultiHeadMask([splash.FullMask((padded, padded))] * q.shape[1])
-        kernel = splash.make_splash_mha_single_device(
-            mask, block_sizes=blocks, residual_checkpoint_name=SAVED_NAME, interpret=interpret
-        )
-        return jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=segments))(q, k, v)
-
     def on_device(q, k, v):
+        num_queries, num_keys = q.shape[2], k.shape[2]
+        padded_q, block_q, _ = splash_blocks(num_queries)
+        padded_kv, _, block_kv = splash_blocks(num_keys)
+        blocks = splash.BlockSizes(
+            block_q=block_q,
+            block_kv=block_kv,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_kv,
+            use_fused_bwd_kernel=True,
+        )
+        segments = None
+        if padded_kv != num_keys:
+            is_padding = (jnp.arange(padded_kv) >= num_keys).astype(jnp.int32)
+            segments = splash.SegmentIds(q=jnp.zeros(padded_q, jnp.int32), kv=is_padding)
+
+        def run(interpret, q, k, v):
+            mask = splash.MultiHeadMask([splash.FullMask((padded_q, padded_kv))] * q.shape[1])
+            kernel = splash.make_splash_mha_single_device(
+                mask, block_sizes=blocks, residual_checkpoint_name=SAVED_NAME, interpret=interpret
+            )
+            return jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=segments))(q, k, v)
+
+        def pad(x, num_tokens):
+            return jnp.pad(x, ((0, 0), (0, 0), (0, num_tokens - x.shape[2]), (0, 0)))
+
         q = (q.astype(jnp.float32) * scale).astype(q.dtype)  # the kernel does not scale
         out = lax.platform_dependent(
-            *(jnp.pad(x, padding) for x in (q, k, v)),
+            *(pad(q, padded_q), pad(k, padded_kv), pad(v, padded_kv)),
             cpu=functools.partial(run, True),
             default=functools.partial(run, False),
         )
