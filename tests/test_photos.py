@@ -1,6 +1,7 @@
 """Photographs of packages: what is held out, crops, edits with known results, the data source."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,3 +157,11 @@ def test_the_sheet_of_photographs_takes_pictures_of_several_sizes():
     drawn = examples("held_out", 6)
     shown = photographs.sheet(drawn, [e.target for e in drawn], columns=3)
     assert shown.dtype == np.uint8 and shown.shape[1] % 3 == 0
+
+
+def test_the_page_names_all_photographs_with_author_and_licence():
+    text = (Path(__file__).parents[1] / "docs/tiny.md").read_text("utf-8")
+    for photo in photos.PHOTOS:
+        split = photo.split.replace("_", " ")
+        line = f"| {photo.name} | `{photo.package}` | {photo.author} | {photo.licence} | {split} |"
+        assert line in text
