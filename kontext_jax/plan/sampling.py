@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kontext_jax import latents, placement, sharding
 from kontext_jax.checkpoint import parameter_shapes, untrained_bundle
 from kontext_jax.flops import mmdit_flops
+from kontext_jax.models.mmdit import block_form_for, unstacked
 from kontext_jax.models.presets import PRESETS, Preset
 from kontext_jax.models.vae import VAE
 from kontext_jax.models.vae_tiling import vae_peak_bytes
@@ -141,6 +142,7 @@ class _PlannedStages(Stages):
         super().__init__(untrained_bundle(request.preset), dtype=request.dtype)
         self._request, self._target, self._mesh = request, target, mesh
         self._placement = _NoPlacement(mesh)
+        self._block_form = block_form_for(target.chip.platform)
         self._tokenizers = _Ids(self.preset)
         self._found: dict[str, Program] = {}
         self.in_tiles: set[str] = set()
@@ -167,6 +169,8 @@ class _PlannedStages(Stages):
         if kind not in self._params:
             dtype = jnp.float32 if kind == "vae" else self._compute_dtype
             shapes = parameter_shapes(kind, self.bundle.components[kind].config)
+            if kind == "mmdit" and self._block_form == "list":
+                shapes = jax.eval_shape(unstacked, shapes)
             self._params[kind] = jax.tree.map(
                 lambda x, where: jax.ShapeDtypeStruct(x.shape, dtype, sharding=where),
                 shapes,
