@@ -1,7 +1,8 @@
 """Trains the tiny Kontext from nothing: `python tools/tiny_curriculum.py [--runs runs/tiny]`.
 
-Runs the commands of `--list` one after another: the autoencoder, its polish, the frozen networks,
-the encoded data, text to image, editing and text to image together, and the last steps at a falling
+Runs the commands of `--list` one after another: the autoencoder, its polish (for which
+`python -m kontext_jax.evaluation.fetch_perceptual` must have run once), the frozen networks, the
+encoded data, text to image, editing and text to image together, and the last steps at a falling
 rate. Each goes on where it was interrupted, and a stage that is done is not run again, so the same
 command is given until it says that all is done. Ctrl-C and SIGTERM end it as they end the command
 that is running, which first saves what it has.
@@ -55,6 +56,7 @@ def list_stages(runs: Path, part: float = 1.0) -> tuple[Stage, ...]:
         words = [TRAIN.format(config, runs / makes), f"--config.num_steps={count(steps)}"]
         if part < 1:
             settings = (*settings, "optimizer.warmup_steps=2", "batch_size=8")
+            settings += ("autoencoder.adversarial_start_step=4",) * ("vae_tiny" in config)
         return " ".join([*words, *(f"--config.{setting}" for setting in settings)])
 
     def encode(out: str, *sources: str) -> str:
@@ -73,10 +75,23 @@ def list_stages(runs: Path, part: float = 1.0) -> tuple[Stage, ...]:
     return (
         Stage("vae", train("tiny_vae", "vae", 8000, pictures)),
         Stage(
-            "encoders",
-            f"tools/scenes_encoders.py --autoencoder {runs / 'vae'} --preset tiny-kontext "
-            f"--photos --out {runs / 'encoders'}",
+            "vae_sharp",
+            train(
+                "vae_tiny",
+                "vae_sharp",
+                1500,
+                "preset=tiny-kontext",
+                f"weights={runs / 'vae'}",
+                pictures,
+                "eval.sources=photos:squares-64:held_out:64",
+            ),
             ("vae",),
+        ),
+        Stage(
+            "encoders",
+            f"tools/scenes_encoders.py --autoencoder {runs / 'vae_sharp'} --preset tiny-kontext "
+            f"--photos --out {runs / 'encoders'}",
+            ("vae_sharp",),
         ),
         Stage(
             "encoded",
