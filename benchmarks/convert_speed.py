@@ -21,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import common
+
 from convert_weights.compare import open_any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -68,6 +70,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--depth", type=int, default=2, help="double blocks")
     parser.add_argument("--single", type=int, default=8, help="single blocks")
+    common.add_json_flag(parser)
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="convert_speed-", dir=args.folder))
     try:
@@ -102,15 +105,23 @@ def main() -> int:
                 f"peak {peaks[-1] / GIB:.2f} GiB",
                 flush=True,
             )
-        seconds = [statistics.median(side) for side in zip(*cpu, strict=True)]
-        print(f"median CPU: cp+fsync {seconds[0]:.2f} s, to-jax {seconds[1]:.2f} s (2 threads)")
+        results = [
+            common.measurement("cp + fsync, wall", "s", copies),
+            common.measurement("to-jax, wall", "s", conversions),
+            common.measurement("cp + fsync, CPU", "s", [pair[0] for pair in cpu]),
+            common.measurement("to-jax, CPU", "s", [pair[1] for pair in cpu]),
+            common.measurement("to-jax, peak memory", "GiB", [peak / GIB for peak in peaks]),
+        ]
+        for row in results:
+            print(common.line(row))
         ratio = statistics.median(conversions) / statistics.median(copies)
         print(
-            f"median: cp+fsync {statistics.median(copies):.2f} s, to-jax "
-            f"{statistics.median(conversions):.2f} s: {1 / ratio:.2f} of its speed (at least 0.5); "
-            f"best of each {min(copies):.2f} s and {min(conversions):.2f} s; "
-            f"peak {max(peaks) / GIB:.2f} GiB (at most {limit / GIB:.2f} GiB)"
+            f"{1 / ratio:.2f} of cp's speed (at least 0.5); peak {max(peaks) / GIB:.2f} GiB (at "
+            f"most {limit / GIB:.2f} GiB)"
         )
+        timer = "a whole process, imports included, until its output is durable; input in memory"
+        found = common.report("convert_speed", args, results, timer=timer, bytes=size)
+        common.write(found, args.json)
         return int(ratio > 2 or max(peaks) > limit)
     finally:
         shutil.rmtree(work, ignore_errors=True)

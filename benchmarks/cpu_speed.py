@@ -16,10 +16,7 @@ difference of the outputs is printed beside the times. Needs torch and diffusers
 """
 
 import argparse
-import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,6 +24,7 @@ import time
 import zlib
 from pathlib import Path
 
+import common
 import numpy as np
 
 CASES = ("blocks", "sampling")
@@ -207,7 +205,7 @@ def work(side: str, case: str, cores: list[int], output: Path) -> None:
         print(end[0] - start[0], end[1] - start[1], flush=True)
 
 
-def measure(case: str, cores: list[int], num_pairs: int) -> dict:
+def measure(case: str, cores: list[int], num_pairs: int) -> list[dict]:
     """Runs both workers in turns and summarises their times."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = {side: Path(folder) / f"{side}.npy" for side in SIDES}
@@ -233,38 +231,17 @@ def measure(case: str, cores: list[int], num_pairs: int) -> dict:
                 worker.stdin.close()
                 worker.wait()
         ours, theirs = (np.load(outputs[side]) for side in SIDES)
-    result = {"case": case, "cores": cores}
+    found = []
     for index, kind in enumerate(("wall", "cpu")):
         jax_s, torch_s = ([run[index] for run in times[side]] for side in SIDES)
-        result[f"{kind}_jax_s"] = summary(jax_s)
-        result[f"{kind}_torch_s"] = summary(torch_s)
-        result[f"{kind}_ratio"] = summary([a / b for a, b in zip(jax_s, torch_s, strict=True)])
-    result["max_difference"] = float(np.abs(ours - theirs).max())
-    result["output_std"] = float(theirs.std())
-    return result
-
-
-def summary(values: list[float]) -> dict:
-    """Smallest, middle and largest, and the values themselves in order."""
-    return {
-        "min": min(values),
-        "median": statistics.median(values),
-        "max": max(values),
-        "all": values,
-    }
-
-
-def environment() -> dict[str, str]:
-    """Versions and device, for the record."""
-    from importlib.metadata import version
-
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        model = names[0].split(":")[1].strip() if names else model
-    packages = ("jax", "jaxlib", "flax", "torch", "diffusers", "numpy")
-    return {"cpu": model, "python": platform.python_version()} | {p: version(p) for p in packages}
+        ratios = [a / b for a, b in zip(jax_s, torch_s, strict=True)]
+        found.append(common.measurement(f"{case}, {kind}, JAX", "s", jax_s))
+        found.append(common.measurement(f"{case}, {kind}, PyTorch", "s", torch_s))
+        found.append(common.measurement(f"{case}, {kind}, ratio", "JAX/PyTorch", ratios))
+    difference = float(np.abs(ours - theirs).max())
+    return [
+        row | {"max_difference": difference, "output_std": float(theirs.std())} for row in found
+    ]
 
 
 def main() -> None:
@@ -272,27 +249,29 @@ def main() -> None:
     parser.add_argument("--case", choices=(*CASES, "all"), default="all")
     parser.add_argument("--cores", type=int, nargs="+", default=[0])
     parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--json", type=Path)
+    common.add_json_flag(parser)
     parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         work(args.worker, args.case, args.cores, args.output)
         return
-    report = {"environment": environment(), "dtype": "float32", "results": []}
-    print(json.dumps(report["environment"]), flush=True)
+    results = []
     for case in CASES if args.case == "all" else (args.case,):
-        result = measure(case, args.cores, args.pairs)
-        report["results"].append(result)
-        print(f"{case}: {len(args.cores)} core(s), {args.pairs} pairs, compile excluded")
-        for kind in ("wall", "cpu"):
-            for key in (f"{kind}_jax_s", f"{kind}_torch_s", f"{kind}_ratio"):
-                low, middle, high = (result[key][k] for k in ("min", "median", "max"))
-                print(f"  {key:12} min {low:.3f}  median {middle:.3f}  max {high:.3f}")
-        difference, std = result["max_difference"], result["output_std"]
-        print(f"  largest difference of outputs {difference:.1e} (their std {std:.2f})", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        for row in measure(case, args.cores, args.pairs):
+            results.append(row)
+            print(common.line(row))
+        difference, std = row["max_difference"], row["output_std"]
+        print(f"{case}: largest difference of outputs {difference:.1e} (their std {std:.2f})")
+    found = common.report(
+        "cpu_speed",
+        args,
+        results,
+        timer="one run from host arrays to host arrays, float32; loading and compiling are outside",
+        warm_up_runs=WARM_UP_RUNS,
+        packages=("torch", "diffusers"),
+    )
+    common.write(found, args.json)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Throughput of the input pipeline, and how many cores a training step on 64 chips needs.
 
-    python benchmarks/data_speed.py                        # two minutes; prints one line of JSON
+    python benchmarks/data_speed.py                        # two minutes
     python benchmarks/data_speed.py --step_time_s 1.5
     python benchmarks/data_speed.py --encoded              # encoding, and reading what it wrote
 
@@ -13,16 +13,14 @@ import argparse
 import io
 import json
 import os
-import platform
-import sys
 import tarfile
 import tempfile
 import time
 from pathlib import Path
 
+import common
 import ml_dtypes
 import numpy as np
-import PIL
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, features
@@ -173,41 +171,50 @@ def main() -> None:
     parser.add_argument(
         "--encoded", action="store_true", help="measure encoded samples (data.encode) instead"
     )
+    common.add_json_flag(parser)
     args = parser.parse_args()
     if args.encoded:
-        report = {
-            "cached_pairs_1024px": measure_cached(64, args.steps, args.batch_size, args.threads),
-            "encoding_tiny_64px_cpu": measure_encoding(512),
+        found = {
+            "cached pairs at 1024 px": measure_cached(
+                64, args.steps, args.batch_size, args.threads
+            ),
+            "encoding by the tiny model at 64 px": measure_encoding(512),
         }
-        print(json.dumps(report))
+        finish(args, found, timer="reading encoded pairs; encoding, reading pictures included")
         return
-    results, slowest = {}, float("inf")
+    found, slowest = {}, float("inf")
     for size in args.sizes:
         width, height = map(int, size.split("x"))
         with tempfile.TemporaryDirectory() as folder:
             sources = write_sources(Path(folder), args.count, width, height)
-            bytes_each = [path.stat().st_size for path in Path(sources["folder"]).glob("*.jpg")]
-            results[size] = {"mean_kB": round(np.mean(bytes_each) / 1e3)}
             for name, source in sources.items():
                 result = measure(source, args.steps, args.batch_size, args.threads)
-                results[size][name] = result
+                found[f"{size} from {name}"] = result
                 slowest = min(slowest, result["pictures_per_cpu_s"])
-                print(f"{size} {name}: {result}", file=sys.stderr)
     needed = 2 * args.pairs_per_step / args.step_time_s / slowest
-    report = {
-        "pictures": "JPEG to the preferred size by Lanczos",
-        "python": platform.python_version(),
-        "pillow": PIL.__version__,
-        "libjpeg_turbo": features.version_feature("libjpeg_turbo"),
-        "results": results,
-        "v5p_64_chips": {
-            "pairs_per_step": args.pairs_per_step,
-            "step_time_s": args.step_time_s,
-            "cores_needed": round(needed, 1),
-            "cores_of_each_of_16_hosts": round(needed / 16, 2),
-        },
-    }
-    print(json.dumps(report))
+    print(
+        f"{args.pairs_per_step} pairs in steps of {args.step_time_s:g} s need {needed:.1f} cores, "
+        f"{needed / 16:.2f} of each of 16 hosts"
+    )
+    finish(
+        args,
+        found,
+        timer="reading, decoding and resizing JPEG pairs to batches, by Lanczos",
+        libjpeg_turbo=features.version_feature("libjpeg_turbo"),
+        cores_needed=round(needed, 1),
+    )
+
+
+def finish(args: argparse.Namespace, found: dict[str, dict[str, float]], **facts) -> None:
+    """Prints the figures, and writes them where --json says."""
+    rows = [
+        common.measurement(f"{what}, {name}", name.split("_per_")[0], [value])
+        for what, values in found.items()
+        for name, value in values.items()
+    ]
+    for row in rows:
+        print(f"{row['what']}: {row['median']:g}")
+    common.write(common.report("data_speed", args, rows, packages=("pillow",), **facts), args.json)
 
 
 if __name__ == "__main__":
