@@ -12,16 +12,30 @@ Options = dict[str, bool | int | str]
 PURPOSES = ("train", "sample")
 
 _TPU: Options = {
-    # Fusions and Pallas kernels may use this much of the 128 MiB on a chip at a time. The default,
-    # 16 MiB, is too little for the blocks of attention's backward pass.
-    "xla_tpu_scoped_vmem_limit_kib": 65536,
+    # Fusions and Pallas kernels may use this much VMEM, of which a v5p core has 64 MiB (others
+    # 128). The default, 16 MiB, is too little for the blocks of attention's backward pass, and
+    # costs products their fused reductions; with 64 there is none left for collectives that run
+    # beside products.
+    "xla_tpu_scoped_vmem_limit_kib": 32768,
+}
+_TPU_TRAIN: Options = _TPU | {
+    # Gathers of parameters and reduce-scatters of gradients run inside the products next to them.
+    # Only together: with the first two or the next three alone, every collective stops the chip.
+    "xla_enable_async_all_gather": True,
+    "xla_enable_async_reduce_scatter_fusion": True,
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": True,
+    "xla_tpu_overlap_compute_collective_tc": True,
+    # One collective may run beside several products, if it takes longer than the first.
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
 }
 _GPU: Options = {
     # Collectives are started early and waited for late, with products between.
     "xla_gpu_enable_latency_hiding_scheduler": True,
 }
 _OPTIONS: dict[str, dict[Purpose, Options]] = {
-    "tpu": {"train": _TPU, "sample": _TPU},
+    "tpu": {"train": _TPU_TRAIN, "sample": _TPU},
     "gpu": {"train": _GPU, "sample": _GPU},
     "cpu": {"train": {}, "sample": {}},
 }

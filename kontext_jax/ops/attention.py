@@ -32,6 +32,10 @@ QUERY_BLOCK = 384  # score rows held at a time by `chunked`
 SPLASH_LANES = 128  # the TPU kernel's tiles are this wide
 SPLASH_BLOCK_Q = 512
 SPLASH_MAX_BLOCK_KV = 2176  # 8704 = 4·2176: 512 text and twice 4096 image tokens need no padding
+# The backward kernel writes a whole dq for each block of keys, to be summed afterwards: one block
+# for all keys where 32 MiB of VMEM hold them, whose products are taken in parts.
+SPLASH_MAX_BLOCK_KV_BACKWARD = 8704
+SPLASH_MAX_PART_KV_BACKWARD = 1536
 # For policies of `jax.checkpoint`, see `keeps_attention`: splash's output and log-sum-exp, the
 # output of chunked and reference.
 SAVED_NAME = "attention"
@@ -223,12 +227,14 @@ def splash_blocks(num_tokens: int) -> tuple[int, int, int]:
     """
     step = SPLASH_BLOCK_Q if num_tokens > SPLASH_BLOCK_Q else SPLASH_LANES
     padded = -(-num_tokens // step) * step
-    block_kv = max(
-        size
-        for size in range(SPLASH_LANES, min(padded, SPLASH_MAX_BLOCK_KV) + 1, SPLASH_LANES)
-        if padded % size == 0
-    )
+    block_kv = _largest_block(padded, SPLASH_MAX_BLOCK_KV)
     return padded, min(SPLASH_BLOCK_Q, padded), block_kv
+
+
+def _largest_block(num_tokens: int, limit: int) -> int:
+    """The largest part of `num_tokens` that the kernel's tiles take, up to `limit`."""
+    sizes = range(SPLASH_LANES, min(num_tokens, limit) + 1, SPLASH_LANES)
+    return max(size for size in sizes if num_tokens % size == 0)
 
 
 def _splash(q, k, v, scale):
@@ -240,11 +246,13 @@ def _splash(q, k, v, scale):
         num_queries, num_keys = q.shape[2], k.shape[2]
         padded_q, block_q, _ = splash_blocks(num_queries)
         padded_kv, _, block_kv = splash_blocks(num_keys)
+        block_kv_dkv = _largest_block(padded_kv, SPLASH_MAX_BLOCK_KV_BACKWARD)
         blocks = splash.BlockSizes(
             block_q=block_q,
             block_kv=block_kv,
             block_q_dkv=block_q,
-            block_kv_dkv=block_kv,
+            block_kv_dkv=block_kv_dkv,
+            block_kv_dkv_compute=_largest_block(block_kv_dkv, SPLASH_MAX_PART_KV_BACKWARD),
             use_fused_bwd_kernel=True,
         )
         segments = None
