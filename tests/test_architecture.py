@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ENTRY_POINTS = {"sample.py", "train.py", "encode.py", "edits.py"}
+ENTRY_POINTS = {"sample.py", "train.py", "encode.py", "edits.py", "reconstruction.py"}
 
 # Rooms from the ground up; a room imports from rooms on lower floors, or on its own.
 FLOORS = {
