@@ -120,7 +120,9 @@ def draw_crop(
     left = rng.uniform(0, full_width - part_width)
     top = rng.uniform(0, full_height - part_height)
     box = (left, top, left + part_width, top + part_height)
-    picture = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS, box=box)
+    picture = Image.fromarray(pixels).resize(
+        (width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0
+    )
     return np.asarray(picture)
 
 

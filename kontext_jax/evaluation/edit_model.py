@@ -60,32 +60,38 @@ class Model:
         columns, rows = (side // preset.vae.downsampling for side in size)
 
         def run(indices: Sequence[int]) -> list[np.ndarray]:
-            count = len(indices)
-            txt, vec = self._text([prompts[i] for i in indices])
-            negative = scale = None
-            if cfg != 1:
-                negative = self._text([""] * count)
-                scale = np.full(count, cfg, np.float32)
             seeds = [seed + i for i in indices]
             noise = initial_noise(seeds, rows, columns, preset.vae.z_channels)
             references = []
             if sources is not None:
                 references = [self._latents([sources[i] for i in indices])]
-            takes_guidance = preset.mmdit.guidance_embed
             return self._pixels(
-                self.stages.denoise(
-                    noise,
-                    txt,
-                    vec,
-                    num_steps=self.num_steps,
-                    guidance=np.ones(count, np.float32) if takes_guidance else None,
-                    references=references,
-                    negative=negative,
-                    true_cfg_scale=scale,
-                )
+                self._denoise([prompts[i] for i in indices], references, noise, cfg)
             )
 
         return _in_batches(run, range(len(prompts)))
+
+    def _denoise(
+        self, prompts: Sequence[str], references: list[np.ndarray], noise: np.ndarray, cfg: float
+    ) -> np.ndarray:
+        """Latents of pictures from prompts, encoded references and noise."""
+        count = len(prompts)
+        txt, vec = self._text(prompts)
+        negative = scale = None
+        if cfg != 1:
+            negative = self._text([""] * count)
+            scale = np.full(count, cfg, np.float32)
+        takes_guidance = self.stages.preset.mmdit.guidance_embed
+        return self.stages.denoise(
+            noise,
+            txt,
+            vec,
+            num_steps=self.num_steps,
+            guidance=np.ones(count, np.float32) if takes_guidance else None,
+            references=references,
+            negative=negative,
+            true_cfg_scale=scale,
+        )
 
 
 def _in_batches(run: Callable, items: Sequence) -> list[np.ndarray]:
