@@ -257,6 +257,8 @@ def _short_source(source: str) -> str:
 
 def _remarks(report: Report) -> list[str]:
     lines = []
+    if report.limit_s is None:
+        lines.append("this model's FLOPs are not counted, so there is no limit to compare with")
     uncounted = sum(row.bytes for row in report.estimate.uncounted)
     if uncounted > GIB:
         kinds = ", ".join(row.kind for row in report.estimate.uncounted[:3])
