@@ -18,7 +18,7 @@ def get_config():
         TrainConfig(
             preset="tiny-kontext",
             encoders="runs/tiny/encoders",
-            num_steps=3000,
+            num_steps=2000,
             batch_size=128,
             dtype="float32",
             attention_backend="reference",  # 48 tokens: a fifth faster than blocks of queries

@@ -42,11 +42,12 @@ class Stage:
     inputs: tuple[str, ...] = ()
 
 
-def list_stages(runs: Path, part: float = 1.0) -> tuple[Stage, ...]:
+def list_stages(runs: Path, part: float = 1.0, joint_steps: int = 7000) -> tuple[Stage, ...]:
     """The stages in order.
 
     Args:
       part: of all numbers of steps and examples; below 1 to try the commands out.
+      joint_steps: of the longest stage.
     """
 
     def count(whole: int, least: int = 8) -> int:
@@ -97,9 +98,9 @@ def list_stages(runs: Path, part: float = 1.0) -> tuple[Stage, ...]:
             "encoded",
             encode(
                 "encoded",
-                f"scenes:easy:train:{count(30_000, 128)}",
+                f"scenes:easy:train:{count(48_000, 128)}",
                 f"scenes:easy-captions:train:{count(15_000, 64)}",
-                f"photos:edits-64:train:{count(45_000, 128)}",
+                f"photos:edits-64:train:{count(30_000, 128)}",
             ),
             ("encoders",),
         ),
@@ -115,12 +116,12 @@ def list_stages(runs: Path, part: float = 1.0) -> tuple[Stage, ...]:
         ),
         Stage(
             "t2i",
-            train("tiny_t2i", "t2i", 3000, frozen, *cached),
+            train("tiny_t2i", "t2i", 2000, frozen, *cached),
             ("encoded", "encoded_eval"),
         ),
         Stage(
             "joint",
-            train("tiny_kontext", "joint", 8000, frozen, *cached, f"weights={runs / 't2i'}"),
+            train("tiny_kontext", "joint", joint_steps, frozen, *cached, f"weights={runs / 't2i'}"),
             ("encoded", "encoded_eval", "t2i"),
         ),
         Stage(
@@ -208,10 +209,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/tiny"), metavar="DIR")
     parser.add_argument("--until", metavar="STAGE", help="stop after this one")
+    parser.add_argument("--joint-steps", type=int, default=7000, help="of the longest stage")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
     parser.add_argument("--part", type=float, default=1.0, help="of all steps, to try it out")
     args = parser.parse_args(argv)
-    stages = list_stages(args.runs, args.part)
+    stages = list_stages(args.runs, args.part, args.joint_steps)
     names = [stage.makes for stage in stages]
     if args.until not in (None, *names):
         parser.error(f"there is no stage {args.until}; they are {', '.join(names)}")
