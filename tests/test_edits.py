@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kontext_jax.data.scenes import CAPTION, WORLDS, Scene, SceneSource, Thing, render
-from kontext_jax.evaluation import edit_report, edits
+from kontext_jax.evaluation import edit_features, edit_report, edits
 from kontext_jax.evaluation.scene_parser import parse
 
 FULL, EASY = WORLDS["full"], WORLDS["easy"]
@@ -132,3 +132,34 @@ def test_the_contact_sheet_holds_every_edit():
     sheet = edits.scenes_sheet(examples, [render(e.target) for e in examples], EASY, columns=2)
     assert sheet.dtype == np.uint8 and sheet.shape[0] % 3 == 0 and sheet.shape[1] % 2 == 0
     assert (sheet == (0, 160, 0)).all(-1).any() and not (sheet == (210, 0, 0)).all(-1).any()
+
+
+def test_discrepancy_is_none_within_a_distribution_and_grows_with_the_shift():
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 400, 6))
+    same = edit_features.polynomial_mmd(a, b)
+    shifted = [edit_features.polynomial_mmd(a, b + shift) for shift in (0.3, 0.6, 1.2)]
+    assert abs(same) < 0.02 and same < shifted[0] < shifted[1] < shifted[2]
+    # Without a term for equal pairs: the mean of all the others, by brute force.
+    x, y = a[:3], b[:2]
+    k = lambda u, v: (u @ v / 6 + 1) ** 3  # noqa: E731
+    within = [
+        np.mean([k(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j])
+        for s in (x, y)
+    ]
+    cross = np.mean([k(u, v) for u in x for v in y])
+    assert edit_features.polynomial_mmd(x, y) == pytest.approx(sum(within) - 2 * cross)
+    with pytest.raises(ValueError, match="needs two of each"):
+        edit_features.polynomial_mmd(a[:1], b)
+
+
+def test_features_see_only_what_lies_outside_of_the_edit():
+    features = object.__new__(edit_features.Features)
+    features._lpips = lambda a, b: np.abs(a - b).mean(axis=(1, 2, 3))
+    sources = [render(SOURCE)] * 3
+    changed = edits.delta_e(render(SOURCE), render(TARGET)) > edits.CHANGED_DELTA_E
+    spoilt = render(TARGET)
+    spoilt[:4, :4] = 0
+    results = [render(TARGET), spoilt, render(SOURCE)]
+    right, wrong, copied = features.lpips_outside(sources, results, [changed] * 3)
+    assert right < 0.01 and wrong > right and copied == 0

@@ -7,7 +7,8 @@
 Measured are 500 edits of scenes of each split and 320 of held-out photographs, with three seeds of
 noise; the model at the kept checkpoints of the joint run, which shows how it grew; and a few edits
 of pictures that ship with the package. What was measured is kept in RUNS/report and not measured
-again for the same weights. Into --docs go tiny.md's results, and the pictures tiny_*.png; nothing
+again for the same weights. VGG16 must have been fetched once by
+`python -m kontext_jax.evaluation.fetch_perceptual`. Into --docs go tiny.md's results, and the pictures tiny_*.png; nothing
 of them is typed by hand.
 """
 
@@ -24,8 +25,10 @@ from convert_weights.runs import open_weights
 from kontext_jax import compiling, step_folders
 from kontext_jax.data.scenes import WORLDS
 from kontext_jax.evaluation import edit_report, edits, photographs
+from kontext_jax.evaluation.edit_features import Features
 from kontext_jax.evaluation.edit_model import Model
 from kontext_jax.images import write_png
+from kontext_jax.perceptual_weights import load_perceptual
 from kontext_jax.pipeline import Pipeline
 from kontext_jax.requests import SampleRequest, prepare
 from kontext_jax.stages import Stages
@@ -73,7 +76,10 @@ def measure_figures(weights: str, settings: Mapping, out: Path) -> dict:
     def measure() -> dict:
         model, world = Model(Stages(bundle), settings["steps"]), WORLDS["easy"]
         cfg, seeds = settings["cfg"], settings["seeds"]
-        report, made = edits.evaluate(model, world, settings["num"], cfg, 0, seeds, tell=say)
+        vgg = Features(load_perceptual("vgg16"))
+        report, made = edits.evaluate(
+            model, world, settings["num"], cfg, 0, seeds, features=vgg, tell=say
+        )
         examples, pictures = made["held_out"]
         best = pictures[list(pictures)[-1]][:SHEET]
         write_png(out / "scenes.png", edits.scenes_sheet(examples[:SHEET], best, world), {})

@@ -41,12 +41,23 @@ def tables(report: Mapping) -> str:
     parts = []
     for split, rows in report.items():
         edits = {name: row for name, row in rows.items() if name != "text to image"}
-        count = next(iter(edits.values()))["success"]["count"]
+        first = next(iter(edits.values()))
+        count = first["success"]["count"]
+        head = ["", "success %", "IoU@ΔE10 %", "edited %", "preserved %", "PSNR outside, dB"]
+        has_features = "vgg_mmd" in first
+        if has_features:
+            head += ["LPIPS outside", "VGG-MMD to the targets"]
         body = []
         for name, row in edits.items():
             measures = [mean_text(row[f], 100) for f in ("iou", "edited", "preserved")]
-            body.append([name, rate_text(row["success"]), *measures, mean_text(row["psnr"])])
-        head = ("", "success %", "IoU@ΔE10 %", "edited %", "preserved %", "PSNR outside, dB")
+            cells = [name, rate_text(row["success"]), *measures, mean_text(row["psnr"])]
+            if has_features:
+                lpips = row["lpips_outside"]
+                cells += [
+                    f"{lpips['mean']:.4f} ± {lpips['half_width']:.4f}",
+                    f"{row['vgg_mmd']:.4f}",
+                ]
+            body.append(cells)
         parts += [
             f"### {TITLES[split]} ({count} edits)",
             markdown(head, body),

@@ -35,6 +35,7 @@ from kontext_jax.data.scenes import (
     World,
     render,
 )
+from kontext_jax.evaluation.edit_features import Features
 from kontext_jax.evaluation.edit_model import Model
 from kontext_jax.evaluation.edit_report import contact_sheet, rate_text, tables
 from kontext_jax.evaluation.scene_parser import parse
@@ -177,6 +178,7 @@ def evaluate(
     seed: int,
     num_seeds: int = 1,
     splits: Sequence[str] = SPLITS,
+    features: Features | None = None,
     tell=lambda line: None,
 ) -> tuple[dict, dict]:
     """The report, and what was made with the first seed: split → (examples, row → pictures).
@@ -185,6 +187,7 @@ def evaluate(
       count: edits of each split; half as many captions.
       seed: of the examples, and the first of the noise.
       num_seeds: of the noise.
+      features: to measure distances by, of the first seed's pictures; None: leaves them out.
     """
     report, made = {}, {}
     size = world.size_px, world.size_px
@@ -226,12 +229,22 @@ def evaluate(
                 "passes": passes,
                 "ms_per_picture": 1000 * seconds / count,  # of the last seed, when all is compiled
             }
+            if features is not None:
+                report[split][name] |= _feature_distances(features, before, pictures[name], after)
             tell(f"{split:8} {name:16} {rate_text(report[split][name]['success'])}")
         made[split] = examples, pictures
         exact = text_to_image(model, world, split, max(1, count // 2), cfg, seeds)
         report[split]["text to image"] = rate(exact)
         tell(f"{split:8} text to image    {rate_text(report[split]['text to image'])}")
     return report, made
+
+
+def _feature_distances(features: Features, before, results, after) -> dict:
+    changed = [delta_e(a, b) > CHANGED_DELTA_E for a, b in zip(before, after, strict=True)]
+    return {
+        "lpips_outside": mean(features.lpips_outside(before, results, changed)),
+        "vgg_mmd": features.mmd(results, after),
+    }
 
 
 def text_to_image(
