@@ -4,17 +4,20 @@
     reference   anywhere  O(S²)    yes          any           float32 throughout
     chunked     anywhere  O(S)     no           any           queries in blocks; exact softmax
     cudnn       CUDA      O(S)     no           bf16, fp16    Dh a multiple of 8, at most 128
+    pallas_gpu  CUDA      O(S)     no           bf16, fp16,   Dh at most 256; pads S; interpreted on
+                                                float32       CPU; no more queries than keys
     splash      TPU       O(S)     no           any           pads S; interpreted on CPU
     auto        anywhere                                      see `attention`
 
-On a mesh (`kontext_jax.sharding`) splash, chunked and cuDNN run inside `jax.shard_map` on each
-device's own examples and heads with whole tokens, or where `tensor` × `context` does not divide the
-heads, on its own queries with all keys. No backend communicates.
+On a mesh (`kontext_jax.sharding`) all but reference run inside `jax.shard_map` on each device's
+own examples and heads with whole tokens, or where `tensor` × `context` does not divide the heads,
+on its own queries with all keys. No backend communicates.
 
 JAX's own `dot_product_attention` holds all S² scores unless told otherwise, on GPU as well.
 """
 
 import functools
+import importlib.util
 import math
 from typing import Any, Literal
 
@@ -24,10 +27,11 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from kontext_jax import sharding
+from kontext_jax.ops import attention_pallas_gpu
 
-Backend = Literal["auto", "reference", "chunked", "cudnn", "splash"]
+Backend = Literal["auto", "reference", "chunked", "cudnn", "pallas_gpu", "splash"]
 
-BACKENDS = ("auto", "reference", "chunked", "cudnn", "splash")
+BACKENDS = ("auto", "reference", "chunked", "cudnn", "pallas_gpu", "splash")
 QUERY_BLOCK = 384  # score rows held at a time by `chunked`
 SPLASH_LANES = 128  # the TPU kernel's tiles are this wide
 SPLASH_BLOCK_Q = 512
@@ -54,10 +58,11 @@ def attention(
     """Attention of q over k and v: [B, H, S, Dh] → [B, H, S, Dh] in q's dtype.
 
     "auto" is decided by the platform the program is *compiled* for, which need not be the one it
-    is traced on: splash on TPU (chunked if Dh is not a multiple of 128), cudnn on CUDA (chunked for
-    float32 and for Dh that cuDNN does not take), chunked elsewhere; and reference wherever a bias
-    or a mask is given. Programs that differentiate should name a backend (`backend_for`): every
-    platform's choice is differentiated before the unused ones are dropped.
+    is traced on: splash on TPU (chunked if Dh is not a multiple of 128), cudnn on CUDA (pallas_gpu
+    where it is not installed or does not take Dh, chunked for float32 and for Dh that neither
+    takes), chunked elsewhere; and reference wherever a bias or a mask is given. Programs that
+    differentiate should name a backend (`backend_for`): every platform's choice is differentiated
+    before the unused ones are dropped.
 
     Args:
       bias: added to the scaled scores, broadcastable to [B, H, S, S].
@@ -85,8 +90,9 @@ def attention(
         raise NotImplementedError(f"{backend} attention takes no {given}; use backend='reference'")
     if backend == "auto":
         return _by_platform(q, k, v, scale)
-    if backend == "cudnn" and (limit := _cudnn_limit(q.shape[-1], q.dtype)):
-        raise NotImplementedError(f"cudnn attention {limit}; use 'auto' or 'chunked'")
+    limits = {"cudnn": _cudnn_limit, "pallas_gpu": attention_pallas_gpu.limit}
+    if backend in limits and (limit := limits[backend](q.shape[-1], q.dtype)):
+        raise NotImplementedError(f"{backend} attention {limit}; use 'auto' or 'chunked'")
     return _BACKENDS[backend](q, k, v, scale)
 
 
@@ -99,6 +105,8 @@ def backend_for(platform: str, head_dim: int, dtype: Any) -> Backend:
         return "splash"
     if platform in ("gpu", "cuda") and not _cudnn_limit(head_dim, dtype):
         return "cudnn"
+    if platform in ("gpu", "cuda") and _pallas_gpu_is_preferred(head_dim, dtype):
+        return "pallas_gpu"
     return "chunked"
 
 
@@ -110,6 +118,8 @@ def keeps_attention(primitive: Any, *_: Any, **params: Any) -> bool:
     """
     if primitive.name == "name":
         return params["name"] == SAVED_NAME
+    if primitive.name == "pallas_call":
+        return params["name"] == attention_pallas_gpu.FORWARD_KERNEL
     return primitive.name == "dot_product_attention_fwd_wrapper"  # cuDNN's output and statistics
 
 
@@ -131,6 +141,12 @@ def _by_platform(q, k, v, scale):
         choices["tpu"] = functools.partial(_splash, scale=scale)
     if not _cudnn_limit(q.shape[-1], q.dtype) and _cudnn_is_installed(q, k, v):
         choices["cuda"] = functools.partial(_cudnn, scale=scale)
+    elif (
+        _cuda_is_installed()
+        and _pallas_gpu_is_preferred(q.shape[-1], q.dtype)
+        and q.shape[2] <= k.shape[2]
+    ):
+        choices["cuda"] = functools.partial(_pallas_gpu, scale=scale)
     return lax.platform_dependent(
         q, k, v, **choices, default=functools.partial(_chunked, scale=scale)
     )
@@ -211,13 +227,27 @@ def _cudnn(q, k, v, scale):
     return _on_each_device(run, q, k, v)
 
 
+def _cuda_is_installed() -> bool:
+    """Without JAX's plug-in nothing can be compiled for CUDA."""
+    return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+
+
 def _cudnn_is_installed(q, k, v) -> bool:
-    """Without JAX's CUDA plugin nothing can be compiled for CUDA, and tracing cuDNN raises."""
+    """Tracing cuDNN raises without it, or without JAX's plug-in for CUDA."""
     try:
         jax.eval_shape(functools.partial(_cudnn, scale=1.0), q, k, v)
     except RuntimeError:
         return False
     return True
+
+
+def _pallas_gpu_is_preferred(head_dim: int, dtype: Any) -> bool:
+    """To chunked, which is faster where products cannot use the tensor cores."""
+    return dtype != jnp.float32 and not attention_pallas_gpu.limit(head_dim, dtype)
+
+
+def _pallas_gpu(q, k, v, scale):
+    return _on_each_device(functools.partial(attention_pallas_gpu.mha, scale=scale), q, k, v)
 
 
 def splash_blocks(num_tokens: int) -> tuple[int, int, int]:
@@ -281,4 +311,9 @@ def _splash(q, k, v, scale):
     return _on_each_device(on_device, q, k, v)
 
 
-_BACKENDS = {"chunked": _chunked, "cudnn": _cudnn, "splash": _splash}
+_BACKENDS = {
+    "chunked": _chunked,
+    "cudnn": _cudnn,
+    "pallas_gpu": _pallas_gpu,
+    "splash": _splash,
+}
