@@ -8,8 +8,8 @@ Measured are 500 edits of scenes of each split and 320 of held-out photographs, 
 noise; the model at the kept checkpoints of the joint run, which shows how it grew; and a few edits
 of pictures that ship with the package. What was measured is kept in RUNS/report and not measured
 again for the same weights. VGG16 must have been fetched once by
-`python -m kontext_jax.evaluation.fetch_perceptual`. Into --docs go tiny.md's results, and the pictures tiny_*.png; nothing
-of them is typed by hand.
+`python -m kontext_jax.evaluation.fetch_perceptual`. Into --docs go tiny.md's results, and the
+pictures tiny_*.png; nothing of them is typed by hand.
 """
 
 import argparse
