@@ -282,7 +282,7 @@ class _Estimator:
             shape = f"{attention.kind}, q {list(attention.q)}, k {list(attention.k)}"
         else:
             shape = ", ".join(array_text(*array) for array in arrays(instruction.shape)[:3])
-        source = re.sub(r"(layers?|blocks?)_?\d+", r"\1_N", instruction.source)
+        source = re.sub(r"(layers?|blocks?)([_/]?)\d+", r"\1\2N", instruction.source)
         key = (shape, source, category)
         had = self._ops.get(key)
         self._ops[key] = Op(
