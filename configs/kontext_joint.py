@@ -10,7 +10,7 @@ we jointly fine-tune on image-to-image and text-to-image". How often each came w
 half and half here (data.fraction_with_references). Every step is of one kind on all devices.
 
 Hardware: TPU v5p, 64 chips or a multiple. State: 5.6 GiB on each chip with fsdp 32; a step with
-1024² pairs needs 36.9 GiB of it, by the TPU's compiler (benchmarks/aot_train.py), whose own
+1024² pairs needs 36.9 GiB of it, by the TPU's compiler (kontext_jax.plan), whose own
 estimate is 1.9 s a pair and chip. At an assumed 40 % of the peak an editing example at 1024² takes
 a chip 2.7 s (495 TFLOP), one from text 1.2 s; not measured.
 Expect: the loss of editing steps below that of text to image (`loss_edit`, `loss_t2i`) at once,

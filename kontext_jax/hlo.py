@@ -275,9 +275,8 @@ class Program:
             if isinstance(left, int):
                 return left + right
             return _Sum(left, right) if isinstance(left, _Carried) else None
-        if instruction.op == "fusion" and instruction.shape.count("[") == 1 and "[]" in (
-            instruction.shape
-        ):  # fmt: skip
+        is_number = [dims for _, dims in arrays(instruction.shape)] == [()]
+        if instruction.op == "fusion" and is_number:
             inner = instruction.called[0]
             given = tuple(self._value(where, name, arguments) for name in instruction.operands)
             root = self.root(inner)
