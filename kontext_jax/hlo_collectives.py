@@ -11,6 +11,8 @@ import math
 import re
 from typing import Literal
 
+import numpy as np
+
 from kontext_jax.hlo import ITEM_BYTES, Instruction, Program, arrays
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -29,7 +31,7 @@ class Collective:
       role: "sync" stops the device until it is done; a "start" runs beside what follows until its
         "done".
       key: the same for a start and its done.
-      group: the devices of its first group, where the text lists them.
+      group: devices of its first instance.
     """
 
     kind: str
@@ -38,7 +40,7 @@ class Collective:
     link_bytes: float
     role: Literal["sync", "start", "done"]
     key: str
-    group: tuple[int, ...] = ()
+    group: tuple[int, ...]
 
 
 def collectives_of(program: Program, where: str, instruction: Instruction) -> list[Collective]:
@@ -93,7 +95,8 @@ def _collective(
     program: Program, where: str, instruction: Instruction, role: str, key: str, kind: str = ""
 ) -> Collective:
     kind = kind or instruction.op.removesuffix("-start").removesuffix("-done")
-    size = _group_size(instruction.attributes, program.num_partitions)
+    group = _group(instruction.attributes, program.num_partitions)
+    size = len(group)
     found = arrays(instruction.shape)
     if instruction.op == "all-gather-start":  # (parts, whole)
         found = found[len(found) // 2 :]
@@ -114,26 +117,36 @@ def _collective(
         full * share * (2 if kind == "all-reduce" else 1),
         role,
         key,
-        _first_group(instruction.attributes),
+        group,
     )
 
 
-def _first_group(attributes: str) -> tuple[int, ...]:
-    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", attributes):
-        return tuple(int(n) for n in match[1].split(",") if n)
-    return ()
-
-
-def _group_size(attributes: str, num_partitions: int) -> int:
-    """Devices that take part in one instance of a collective."""
-    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
-        return int(match[1])
+def _group(attributes: str, num_partitions: int) -> tuple[int, ...]:
+    """The devices of the first instance of a collective, in each of the notations there are."""
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
-        return match[1].count(",") + 1
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{([^}]*)\}", attributes):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
-    return num_partitions
+        return tuple(int(n) for n in match[1].split(",") if n)
+    if match := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
+        return int(match[1]), int(match[2])
+    if match := re.search(
+        r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes
+    ):
+        return tuple(_devices(match[3]).reshape(int(match[1]), int(match[2]))[0].tolist())
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](.*?)\{([^}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        ids = re.search(r"device_ids=\((\[[\d,]+\](?:T\([\d,]+\))?)\)", match[2])
+        grid = _devices(ids[1]) if ids else np.arange(math.prod(sizes.values()))
+        chosen = re.findall(r"'(\w+)'", match[3])
+        index = tuple(slice(None) if name in chosen else 0 for name in sizes)
+        return tuple(grid.reshape(*sizes.values())[index].reshape(-1).tolist())
+    return tuple(range(num_partitions))
+
+
+def _devices(text: str) -> np.ndarray:
+    """The devices of "[2,32]T(1,0)": counted up in these dimensions, then transposed."""
+    dims, _, order = text.partition("T")
+    shape = [int(n) for n in re.findall(r"\d+", dims)]
+    grid = np.arange(math.prod(shape)).reshape(shape)
+    return grid.transpose([int(n) for n in re.findall(r"\d+", order)] or None)
 
 
 @dataclasses.dataclass

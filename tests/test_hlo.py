@@ -2,7 +2,8 @@
 
 import pytest
 
-from kontext_jax.hlo_collectives import collectives
+from kontext_jax.hlo import Program
+from kontext_jax.hlo_collectives import collectives, collectives_of
 
 # In the words of a TPU program: a loop over three layers, whose gradient is reduced and scattered
 # in a fusion, and asynchronous gathers and groups in each of their notations.
@@ -61,3 +62,27 @@ def test_a_loop_without_a_constant_bound_is_refused():
     unbounded = PROGRAM.replace("constant(3)", "get-tuple-element(%state)")
     with pytest.raises(ValueError, match="does not count up to a constant"):
         collectives(unbounded)
+
+
+@pytest.mark.parametrize(
+    ("notation", "group"),
+    [
+        ("replica_groups={{0,4},{1,5}}", (0, 4)),
+        ("replica_groups=[4,2]<=[8]", (0, 1)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("replica_groups=mesh['a'=4,'b'=2] {'a'}", (0, 2, 4, 6)),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", (0, 1, 4, 5)),
+        ("source_target_pairs={{0,3},{3,0}}", (0, 3)),
+        ("channel_id=1", tuple(range(8))),
+    ],
+)
+def test_the_devices_of_a_collective_in_each_notation(notation, group):
+    text = (
+        "HloModule m, num_partitions=8\nENTRY %main (x: f32[8]) -> f32[8] {\n"
+        f"  ROOT %r = f32[8]{{0}} all-reduce(%x), {notation}, to_apply=%add\n}}\n"
+    )
+    program = Program(text)
+    (found,) = collectives_of(program, "main", program.root("main"))
+    assert found.group == group
+    assert found.link_bytes == 2 * 32 * (len(group) - 1) / len(group)
