@@ -87,7 +87,7 @@ SERIES: dict[str, list[Callable[[measure.Cache], dict[str, Any]]]] = {
         lambda cache, n=n: denoising(str(n), cache, num_references=n) for n in REFERENCES
     ],
     "sizes": [
-        lambda cache, side=side: denoising(f"{side}²", cache, size=(side, side)) for side in SIDES
+        lambda cache, side=side: denoising(str(side), cache, size=(side, side)) for side in SIDES
     ],
     "chips": [
         lambda cache, name=name, chips=chips: training(name, chips, cache)
@@ -95,9 +95,9 @@ SERIES: dict[str, list[Callable[[measure.Cache], dict[str, Any]]]] = {
     ],
 }
 TITLES = {
-    "references": ("references of an edit at 1024², one v5p", "a denoising step"),
-    "sizes": ("side of target and reference, one v5p", "a denoising step"),
-    "chips": ("v5p chips, each with the same work", "a training step"),
+    "references": "denoising step on one v5p, by references at 1024²",
+    "sizes": "denoising step on one v5p, by side with 1 reference",
+    "chips": "training step by chips, each with the same work",
 }
 
 
@@ -105,14 +105,13 @@ def draw(series: dict[str, list[dict[str, Any]]]) -> Any:
     """Time by kind of work, and memory, of every series."""
     panels = []
     for name, points in series.items():
-        what, unit = TITLES[name]
         ticks = [point["label"] for point in points]
         kinds = ("matmul", "attention", "collectives")
         times: dict[str, list[float]] = {"all": [point["time_s"] for point in points]}
         times |= {k: [p["shares_s"].get(k, 0.0) for p in points] for k in kinds}
         times["limit: FLOPs at peak"] = [point["limit_s"] for point in points]
         shown = {k: [1e3 * t for t in ys] for k, ys in times.items() if any(ys)}
-        panels.append(chart.Panel(f"ms of {unit} by {what}", ticks, shown))
+        panels.append(chart.Panel(f"ms of a {TITLES[name]}", ticks, shown))
         memory = {
             "peak": [point["peak_bytes"] / GIB for point in points],
             "temporaries": [point["temporary_bytes"] / GIB for point in points],

@@ -14,6 +14,7 @@ COLOURS = {
     "collectives": (120, 120, 120),
 }
 _OTHERS = ((60, 140, 160), (170, 120, 60), (150, 90, 140), (110, 130, 60), (90, 90, 160))
+_PLAIN = str.maketrans({"×": "x", "²": "^2", "≤": "<="})  # what Pillow's font lacks
 _GRID, _INK = (228, 228, 228), (40, 40, 40)
 
 
@@ -45,7 +46,7 @@ def bars(title: str, rows: Sequence[Bar]) -> Image.Image:
         "RGB", (label_width + width + 190, top + row_height * len(rows) + 16), "white"
     )
     draw = ImageDraw.Draw(image)
-    draw.text((16, 12), title, fill=_INK, font=font)
+    draw.text((16, 12), title.translate(_PLAIN), fill=_INK, font=font)
     names = list(dict.fromkeys(name for row in rows for name in row.parts))
     x = 16
     for index, name in enumerate(names):
@@ -55,7 +56,7 @@ def bars(title: str, rows: Sequence[Bar]) -> Image.Image:
     longest = max(sum(row.parts.values()) for row in rows)
     for number, row in enumerate(rows):
         y, x = top + number * row_height, float(label_width)
-        draw.text((16, y + 3), row.label[:46], fill=_INK, font=small)
+        draw.text((16, y + 3), row.label[:46].translate(_PLAIN), fill=_INK, font=small)
         for index, name in enumerate(names):
             length = width * row.parts.get(name, 0) / longest
             draw.rectangle([x, y, x + length, y + row_height - 10], fill=_colour(name, index))
@@ -78,7 +79,7 @@ def curves(title: str, panels: Sequence[Panel], columns: int = 2) -> Image.Image
     rows = -(-len(panels) // columns)
     image = Image.new("RGB", (columns * width, 40 + rows * height), "white")
     draw = ImageDraw.Draw(image)
-    draw.text((16, 10), title, fill=_INK, font=ImageFont.load_default(16))
+    draw.text((16, 10), title.translate(_PLAIN), fill=_INK, font=ImageFont.load_default(16))
     for index, panel in enumerate(panels):
         _panel(draw, index % columns * width, 40 + index // columns * height, width, height, panel)
     return image
@@ -88,7 +89,7 @@ def _panel(draw, left: int, top: int, width: int, height: int, panel: Panel) -> 
     font, small = ImageFont.load_default(14), ImageFont.load_default(12)
     x0, x1, y0, y1 = left + 62, left + width - 18, top + height - 46, top + 34
     highest = _round_up(max(max(ys) for ys in panel.curves.values()))
-    draw.text((x0, top + 8), panel.title, fill=_INK, font=font)
+    draw.text((x0, top + 8), panel.title.translate(_PLAIN), fill=_INK, font=font)
     for step in range(6):
         y = y0 - (y0 - y1) * step / 5
         draw.line([x0, y, x1, y], fill=_GRID)
