@@ -11,6 +11,10 @@ import pytest
 
 from kontext_jax import checkpoint, train_config
 from kontext_jax.command_line import load_config, split_settings
+from kontext_jax.data import photos
+from kontext_jax.data.photo_edits import PhotoSource
+from kontext_jax.data.scenes import WORLDS, SceneSource, render
+from kontext_jax.evaluation import edits, photographs
 from kontext_jax.models.mmdit import Conditioning, MMDiT
 from kontext_jax.models.presets import MMDiTConfig
 
@@ -165,3 +169,77 @@ def test_a_default_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no default cfg; there are default_num_steps"):
         checkpoint.sampling_rule({"defaults": {"cfg": 2.5}})
     assert checkpoint.sampling_rule({"defaults": {"megapixels": 0.1}}) == {"megapixels": 0.1}
+
+
+# What is written of it
+
+
+@pytest.fixture(scope="module")
+def content():
+    """Figures of a "model" that returns targets of scenes and sources of photographs."""
+    report = {}
+    for split in edits.SPLITS:
+        source = SceneSource(WORLDS["easy"], split, count=24)
+        examples = [source[i] for i in range(24)]
+        right = [
+            edits.grade(e.source, e.target, render(e.target), WORLDS["easy"]) for e in examples
+        ]
+        row = edits.summarise(examples, right) | {"passes": 20, "ms_per_picture": 3.0}
+        report[split] = {"copy": row, "model": row, "text to image": edits.rate([1, 0])}
+    source = PhotoSource("held_out", count=24, square=True)
+    crops = [source[i] for i in range(24)]
+    row = photographs.summarise(crops, [photographs.grade(e, e.source) for e in crops])
+    settings = {"num": 24, "steps": 20, "cfg": 2.5, "seeds": 3, "growth": 24}
+    photos_report = {"count": 24, "rows": {"copy": row, "model": row}}
+    return {"settings": settings, "weights": "x", "report": report, "photos": photos_report}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def photographs_at_hand():
+    """Those that scikit-image and this package ship; see tests/test_photos.py."""
+    pytest.importorskip("skimage")
+    known = photos.PHOTOS
+    photos.PHOTOS = tuple(p for p in known if p.package in ("skimage", "kontext_jax"))
+    yield
+    photos.PHOTOS = known
+
+
+def test_results_are_written_after_the_mark_and_again(tmp_path, content):
+    report = tool("tiny_report")
+    page = tmp_path / "tiny.md"
+    page.write_text(f"# Title\n\n{report.MARK}\nold\n")
+    text = report.results(content, {})
+    for _ in range(2):
+        report.fill_page(page, text)
+    shown = page.read_text()
+    assert shown.startswith("# Title") and shown.count(report.MARK) == 1 and "old" not in shown
+    assert "| model | 100.0 [" in shown and "Held-out combinations" in shown
+    page.write_text("# Title\n")
+    with pytest.raises(ValueError, match="has no line"):
+        report.fill_page(page, text)
+    assert report.MARK in (ROOT / "docs/tiny.md").read_text("utf-8")
+
+
+def test_the_growth_is_drawn_with_a_line_for_each_measure(content):
+    report = tool("tiny_report")
+    rate = edits.rate([1, 0, 1])
+    names = ("seen", "held_out", "seen t2i", "held_out t2i", "photos")
+    flat = report.growth_chart({1000: dict.fromkeys(names, rate), 2000: dict.fromkeys(names, rate)})
+    risen = report.growth_chart(
+        {1000: dict.fromkeys(names, rate), 2000: dict.fromkeys(names, edits.rate([1, 1, 1]))}
+    )
+    assert flat.shape == risen.shape and (flat != risen).any()
+    assert (flat == (210, 80, 30)).all(-1).any()  # held-out scenes
+
+
+def test_the_card_says_what_was_measured(content):
+    card = tool("pack_tiny").card(
+        checkpoint.shipped_bundle(), "trained for a test", {"mmdit": 2_000_000}, content, 20, 2.5
+    )
+    assert "Trained for a test" in card and "transformer 2.00 million" in card
+    assert "held-out combinations: model | 100.0 [" in card
+    assert "| cat | `kontext_jax` | Stéfan van der Walt | CC0 1.0 | held out |" in card
+    without = tool("pack_tiny").card(
+        checkpoint.shipped_bundle(), "x", {"mmdit": 1}, {**content, "photos": None}, 20, 2.5
+    )
+    assert "it has never seen a photograph" in without

@@ -98,7 +98,7 @@ def card(
     cfg: float,
 ) -> str:
     """The model card."""
-    with_photos = "photos" in content
+    with_photos = content.get("photos") is not None
     names = {"mmdit": "transformer", "vae": "autoencoder", "t5": "T5", "clip": "CLIP"}
     sizes = ", ".join(f"{names[kind]} {count / 1e6:.2f} million" for kind, count in counts.items())
     side = round((bundle.preset.megapixels * 1e6) ** 0.5)
