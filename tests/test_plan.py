@@ -117,12 +117,15 @@ def test_arguments_that_a_program_does_not_read_are_in_memory_all_the_same():
 def test_a_report_is_printed_with_its_verdict():
     console = Console(width=120, record=True, file=io.StringIO())
     report.print_report(console, make_report(), num_ops=2)
-    report.print_report(console, make_report(error="Used 98.3G of 95.7G hbm"), num_ops=2)
+    failed = make_report(error="Used 98.3G of 95.7G hbm", needed=98.3 * GIB)
+    report.print_report(console, failed, num_ops=2)
+    report.print_report(console, make_report(error="Used 17M of 16M vmem"), num_ops=2)
     shown = console.export_text()
     assert "fits: 6.00 GiB of 95.00 GiB" in shown
     assert "attention (at peak)" in shown
     assert "all-reduce" in shown and "waited for" in shown
     assert "does not fit: Used 98.3G of 95.7G hbm" in shown
+    assert "cannot be compiled: Used 17M of 16M vmem" in shown
 
 
 def test_wrong_dtypes_of_collectives_are_found():

@@ -144,7 +144,8 @@ def print_report(console: rich.console.Console, report: Report, num_ops: int) ->
         f"{report.compiled.seconds:.0f} s"
     )
     if report.estimate is None:
-        console.print(f"[red]does not fit[/red]: {report.compiled.error}", highlight=False)
+        verdict = "does not fit" if report.compiled.needed_bytes else "cannot be compiled"
+        console.print(f"[red]{verdict}[/red]: {report.compiled.error}", highlight=False)
         return
     console.print(
         rich.columns.Columns([_memory_table(report), _time_table(report)], padding=(0, 3))
