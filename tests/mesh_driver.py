@@ -1,15 +1,18 @@
-r"""Runs one tiny training step on eight virtual devices under several meshes; prints JSON.
+r"""Trains and samples a tiny model on eight virtual devices under several meshes; prints JSON.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 \
-        python tests/mesh_driver.py MESH … [--attention]
+        python tests/mesh_driver.py [--train MESH …] [--sample MESH …] [--attention MESH …]
 
-MESH is "none" or sizes by axis, such as "data=2,fsdp=4". Deviations are from the first mesh given.
+MESH is "none" or sizes by axis, such as "data=2,fsdp=4". Deviations are from the first mesh given,
+those of attention from the reference.
 """
 
 import argparse
+import collections
+import contextlib
 import functools
 import json
-import re
+import math
 from typing import Any
 
 import jax
@@ -17,13 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kontext_jax import latents
+from kontext_jax import latents, sharding
+from kontext_jax.hlo_collectives import collectives
+from kontext_jax.models import mmdit, token_layout
 from kontext_jax.models.mmdit import Conditioning, MMDiT, init_params, make_velocity_fn
 from kontext_jax.models.presets import MMDiTConfig
 from kontext_jax.objectives.base import TokenBatch
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig, make_flow_matching
 from kontext_jax.ops.attention import attention
 from kontext_jax.ops.rope import rope_table
+from kontext_jax.placement import Placement
+from kontext_jax.sampler import euler_sample
 from kontext_jax.sharding import (
     MeshConfig,
     activation_rules,
@@ -40,13 +47,13 @@ CONFIG = MMDiTConfig(
     vec_in_dim=8,
     context_in_dim=16,
     hidden_size=32,
-    num_heads=2,
+    num_heads=4,
     depth=1,
     depth_single_blocks=1,
-    axes_dim=(4, 6, 6),
+    axes_dim=(2, 2, 4),
 )
 BATCH, NUM_TEXT, TARGET, REFERENCE = 8, 5, (3, 4), (2, 2)
-NUM_TOKENS = NUM_TEXT + 12 + 4
+NUM_STEPS = 3
 MODEL = MMDiT(CONFIG, attention_backend="chunked", remat="save_attention", zero_init=False)
 # eps well above the rounding of gradients, which Adam would else blow up to the size of a step.
 OPTIMIZER = optax.adam(0.1, eps=1e-3)
@@ -90,7 +97,8 @@ def parse_mesh(text: str):
     if text == "none":
         return None
     sizes = {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
-    return make_mesh(MeshConfig(**sizes))
+    config = MeshConfig(**{"fsdp": 1, **sizes})
+    return make_mesh(config, jax.devices()[: math.prod(sizes.values())])
 
 
 def drawn_params():
@@ -126,15 +134,56 @@ def deviation(ours, theirs) -> float:
     )
 
 
-def whole_batch_activations(program) -> list[str]:
-    """Shapes of a program's arrays that hold the tokens of the whole batch."""
-    return sorted(set(re.findall(rf"f32\[{BATCH},{NUM_TOKENS}(?:,\d+)*\]", program.as_text())))
+@contextlib.contextmanager
+def watched_activations():
+    """Collects where activations lie: (logical axes, shape) → shapes of one device's part."""
+    found = collections.defaultdict(set)
+
+    def watch(x, *names):
+        y = sharding.constrain(x, *names)
+
+        def record(place):
+            found[*names, x.shape].add(place.shard_shape(x.shape))
+
+        jax.debug.inspect_array_sharding(y, callback=record)
+        return y
+
+    rooms = mmdit, token_layout
+    for room in rooms:
+        room.constrain = watch
+    try:
+        yield found
+    finally:
+        for room in rooms:
+            room.constrain = sharding.constrain
 
 
-def attention_on_a_mesh() -> dict[str, Any]:
+def run_samples(text: str):
+    """(samples, where activations lie, kinds of collectives) under a mesh."""
+    placement = Placement(parse_mesh(text))
+    batch, params = host_batch(), drawn_params()
+    guidance = np.ones(BATCH, np.float32)
+    cond = Conditioning(batch.txt, batch.vec, guidance, batch.ctx, batch.pe)
+    cond, noise = placement.place((cond, batch.x0))
+    if placement.mesh is not None:
+        params = jax.device_put(params, state_shardings(placement.mesh, params))
+
+    def run(params, cond, noise):
+        velocity_fn = make_velocity_fn(MODEL, params, cond)
+        return euler_sample(velocity_fn, noise, np.linspace(1, 0, NUM_STEPS + 1))
+
+    with placement.rules(), watched_activations() as activations:
+        compiled = (
+            jax.jit(run, out_shardings=placement.split()).lower(params, cond, noise).compile()
+        )
+    kinds = {kind for kind, _ in collectives(compiled.as_text())}
+    return np.asarray(compiled(params, cond, noise)), activations, kinds
+
+
+def attention_on_a_mesh(text: str) -> dict[str, Any]:
     """Gradients of attention on a mesh against those without, and where they lie."""
     rng = np.random.default_rng(1)
-    qkv = [rng.standard_normal((2, 2, 130, 128)).astype(np.float32) for _ in range(3)]
+    qkv = [rng.standard_normal((2, 2, 132, 128)).astype(np.float32) for _ in range(3)]
 
     def loss(backend, q, k, v):
         return jnp.sum(jnp.sin(attention(q, k, v, backend=backend)))
@@ -144,7 +193,7 @@ def attention_on_a_mesh() -> dict[str, Any]:
 
     expected = gradient("reference")(*qkv)
     found = {}
-    with activation_rules(make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])):
+    with activation_rules(parse_mesh(text)):
         for backend in ("chunked", "splash"):
             result = gradient(backend)(*qkv)
             found[backend] = {
@@ -156,20 +205,21 @@ def attention_on_a_mesh() -> dict[str, Any]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("meshes", nargs="*")
-    parser.add_argument("--attention", action="store_true", help="attention alone, on four devices")
+    for what in ("train", "sample", "attention"):
+        parser.add_argument(f"--{what}", nargs="*", default=[], metavar="MESH")
     args = parser.parse_args()
-    objective, results = make_objective(), {}
+    results = {"train": {}, "sample": {}, "attention": {}}
+    objective = make_objective()
     initial = make_train_state(drawn_params(), OPTIMIZER, with_ema=True)
+    first_moments = lambda s: s.opt_state[0].mu  # noqa: E731
+    kernel = lambda tree: tree["single_blocks"]["mlp_in"]["kernel"]  # noqa: E731
     with jax.default_matmul_precision("highest"):
-        for text in args.meshes:
+        for text in args.train:
             loss, state, program = run_step(objective, initial, text)
-            if not results:
+            if not results["train"]:
                 expected = state
-            first_moments = lambda s: s.opt_state[0].mu  # noqa: E731
-            kernel = lambda tree: tree["single_blocks"]["mlp_in"]["kernel"]  # noqa: E731
             trees = (state.params, first_moments(state), state.ema_params)
-            results[text] = {
+            results["train"][text] = {
                 "loss": loss,
                 "gradient_deviation": deviation(first_moments(state), first_moments(expected)),
                 "params_deviation": deviation(
@@ -178,10 +228,23 @@ def main():
                 "kernel_shards": [
                     list(kernel(t).sharding.shard_shape(kernel(t).shape)) for t in trees
                 ],
-                "whole_batch_activations": whole_batch_activations(program),
+                "collectives": sorted({kind for kind, _ in collectives(program.as_text())}),
             }
-        if args.attention:
-            results["attention"] = attention_on_a_mesh()
+        for text in args.sample:
+            samples, activations, kinds = run_samples(text)
+            if not results["sample"]:
+                expected = samples
+            results["sample"][text] = {
+                "deviation": deviation(samples, expected),
+                "activations": [
+                    [*names, shape, part]
+                    for (*names, shape), parts in activations.items()
+                    for part in parts
+                ],
+                "collectives": sorted(kinds),
+            }
+        for text in args.attention:
+            results["attention"][text] = attention_on_a_mesh(text)
     print(json.dumps(results))
 
 

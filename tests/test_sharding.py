@@ -1,5 +1,6 @@
 """Where arrays lie on a mesh, and that a mesh changes nothing but that."""
 
+import collections
 import functools
 import json
 import math
@@ -186,7 +187,10 @@ def test_constrain_wants_a_name_for_each_axis():
 
 
 def run_on_eight_devices(*args: str) -> dict:
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = (
+        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+        "--xla_llvm_disable_expensive_passes=true"
+    )
     environment = os.environ | {
         "XLA_FLAGS": flags,
         "JAX_PLATFORMS": "cpu",
@@ -198,33 +202,81 @@ def run_on_eight_devices(*args: str) -> dict:
     return json.loads(done.stdout)
 
 
-def test_attention_runs_on_each_devices_examples_and_heads():
-    found = run_on_eight_devices("--attention")["attention"]
-    for backend, result in found.items():
-        assert result["shard"] == [1, 1, 130, 128], backend
+# Meshes of eight devices → one device's part of a kernel [1, 32, 128] with axes layers, embed, mlp.
+TRAINED = {
+    "none": [1, 32, 128],
+    "data=2,fsdp=4": [1, 8, 128],
+    "slices=2,fsdp=2,tensor=2": [1, 16, 64],
+    "context=8": [1, 32, 128],  # more parts than heads: queries are split
+    "fsdp=2,context=2,tensor=2": [1, 16, 64],  # all-to-all
+}
+SAMPLED = ("none", "tensor=4", "context=8", "slices=2,data=2,context=2")
+
+
+def check_activations(mesh: str, activations: list[list]) -> None:
+    """Every constrained activation lies on the devices as its logical axes say."""
+    pairs = (part.split("=") for part in mesh.split(",") if mesh != "none")
+    sizes = collections.defaultdict(lambda: 1, {name: int(size) for name, size in pairs})
+    divided_by = {
+        "batch": sizes["slices"] * sizes["data"] * sizes["fsdp"],
+        "tokens": sizes["context"],  # padded where it does not divide them
+        "heads": sizes["tensor"],
+        "mlp": sizes["tensor"],
+        "attended_heads": sizes["tensor"] * sizes["context"],
+    }
+    assert activations
+    for *names, shape, part in activations:
+        wanted = [n / divided_by.get(name, 1) for n, name in zip(shape, names, strict=True)]
+        assert part == wanted, (mesh, names)
+
+
+@pytest.fixture(scope="module")
+def on_eight_devices():
+    return run_on_eight_devices(
+        *("--attention", "fsdp=2,tensor=2", "context=4"),
+        *("--sample", "none", "fsdp=2,context=2,tensor=2"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("mesh", "shard"), [("fsdp=2,tensor=2", [1, 1, 132, 128]), ("context=4", [2, 2, 33, 128])]
+)
+def test_attention_runs_on_each_devices_heads_or_queries(on_eight_devices, mesh, shard):
+    for backend, result in on_eight_devices["attention"][mesh].items():
+        assert result["shard"] == shard, backend
         assert result["deviation"] < 1e-5, backend
 
 
+def test_activations_lie_where_their_axes_say(on_eight_devices):
+    found = on_eight_devices["sample"]["fsdp=2,context=2,tensor=2"]
+    assert found["deviation"] < 1e-5
+    check_activations("fsdp=2,context=2,tensor=2", found["activations"])
+    axes = {tuple(names) for *names, _, _ in found["activations"]}
+    assert {
+        ("batch", "tokens", "width"),
+        ("batch", "tokens", "mlp"),
+        ("batch", "heads", "tokens", "head_dim"),
+        ("batch", "attended_heads", None, "head_dim"),
+    } <= axes
+    assert "all-to-all" in found["collectives"]
+
+
 @pytest.mark.slow
-def test_a_mesh_changes_a_training_step_by_rounding_alone():
-    meshes = {
-        "none": [1, 32, 128],
-        "fsdp=8": [1, 4, 128],
-        "data=2,fsdp=4": [1, 8, 128],
-        "fsdp=4,tensor=2": [1, 8, 64],
-        "slices=2,fsdp=4": [1, 8, 128],
-    }
-    results = run_on_eight_devices(*meshes)
-    for mesh, shard in meshes.items():
-        found = results[mesh]
+def test_a_mesh_changes_training_and_samples_by_rounding_alone():
+    results = run_on_eight_devices("--train", *TRAINED, "--sample", *SAMPLED)
+    for mesh, shard in TRAINED.items():
+        found = results["train"][mesh]
         print(mesh, {k: found[k] for k in ("loss", "gradient_deviation", "params_deviation")})
-        assert found["loss"] == pytest.approx(results["none"]["loss"], rel=1e-5)
+        assert found["loss"] == pytest.approx(results["train"]["none"]["loss"], rel=1e-5)
         assert found["gradient_deviation"] < 5e-5
         # Adam divides by the gradient's size: its step keeps the gradient's relative rounding.
         assert found["params_deviation"] < 1e-3
         assert found["kernel_shards"] == [shard] * 3  # parameter, first moment, average
-        # No device holds the tokens of the whole batch, which one device alone must.
-        assert bool(found["whole_batch_activations"]) == (mesh == "none"), mesh
+    for mesh in SAMPLED:
+        found = results["sample"][mesh]
+        print(mesh, found["deviation"], found["collectives"])
+        assert found["deviation"] < 1e-5
+        check_activations(mesh, found["activations"])
 
 
 def test_optax_moments_are_found_by_path():
