@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import jax
 
+from kontext_jax.executable_files import ExecutableFiles
+
 CACHE_VARIABLE = "KONTEXT_JAX_CACHE"
 
 
@@ -87,6 +89,8 @@ class Executables:
 
     Args:
       compiler_options: for XLA, see `kontext_jax.compiler_options`.
+      files: where programs are kept and looked for, if they donate nothing and nothing is said of
+        their results' shardings; None for nowhere.
     """
 
     def __init__(
@@ -94,8 +98,10 @@ class Executables:
         timings: Clock,
         on_compiled: OnCompiled | None = None,
         compiler_options: Mapping[str, bool | int | str] | None = None,
+        files: ExecutableFiles | None = None,
     ):
         self._timings = timings
+        self._files = files
         self._on_compiled = on_compiled
         self._compiler_options = dict(compiler_options or {})
         self._compiled: dict[Hashable, Any] = {}
@@ -121,15 +127,30 @@ class Executables:
         if full_key not in self._compiled:
             start = time.perf_counter()
             with self._timings.measure("compile"):
-                function, options = make(), {"donate_argnums": donate_argnums}
-                if out_shardings is not None:
-                    options["out_shardings"] = out_shardings(function)
-                lowered = jax.jit(function, **options).lower(*args)
-                compiled = lowered.compile(compiler_options=self._compiler_options)
+                if self._files is not None and out_shardings is None and donate_argnums == ():
+                    compiled = self._kept(self._files, key, make, *args)
+                else:
+                    function, options = make(), {"donate_argnums": donate_argnums}
+                    if out_shardings is not None:
+                        options["out_shardings"] = out_shardings(function)
+                    compiled = self._compile(function, options, args)
             self._compiled[full_key] = compiled
             if self._on_compiled is not None:
                 self._on_compiled(key, compiled, time.perf_counter() - start)
         return self._compiled[full_key]
+
+    def _kept(self, files: ExecutableFiles, key, make, *args) -> Callable:
+        """The program from its file, or made and kept."""
+        facts = files.facts(key, args, self._compiler_options)
+        compiled = files.load(facts)
+        if compiled is None:
+            compiled = self._compile(make(), {"keep_unused": True}, args)
+            files.save(facts, compiled)
+        return compiled
+
+    def _compile(self, function: Callable, options: dict[str, Any], args) -> jax.stages.Compiled:
+        lowered = jax.jit(function, **options).lower(*args)
+        return lowered.compile(compiler_options=self._compiler_options)
 
 
 def _dtype(x: Any) -> Any:

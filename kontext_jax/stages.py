@@ -4,6 +4,7 @@ Each network is read when it is first needed and each program compiled for its s
 loading, compiling and computing are timed apart.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -15,11 +16,13 @@ from jax.sharding import Mesh
 from kontext_jax import compiler_options, conditioning, flow, latents
 from kontext_jax.checkpoint import Listed, ModelBundle
 from kontext_jax.compiling import Executables, Timings
+from kontext_jax.executable_files import ExecutableFiles
 from kontext_jax.models.clip import CLIPText
 from kontext_jax.models.mmdit import (
     BLOCK_STACKS,
     Conditioning,
     MMDiT,
+    ModulationVectors,
     block_form_for,
     make_velocity_fn,
     prepare_steps,
@@ -51,6 +54,8 @@ class Stages:
         would need more memory than the device has.
       mesh: devices to spread every network and batch over, see `kontext_jax.placement`; None for
         the default device.
+      programs_dir: where programs of one device are kept, to be loaded without tracing at the
+        next start, see `kontext_jax.executable_files`; None for nowhere.
       tell: called with lines for the user.
     """
 
@@ -61,6 +66,7 @@ class Stages:
         dtype: str | None = None,
         tiling: Literal["auto", "on", "off"] = "auto",
         mesh: Mesh | None = None,
+        programs_dir: str | os.PathLike | None = None,
         tell: Callable[[str], None] = lambda line: None,
     ):
         if dtype is None:
@@ -76,8 +82,12 @@ class Stages:
         self._placement = Placement(mesh)
         self._block_form = block_form_for(jax.default_backend())
         self._tell = tell
+        files = None
+        if programs_dir is not None and mesh is None:
+            files = ExecutableFiles(programs_dir, (ModulationVectors,), tell)
         self._executables = Executables(
             self.timings,
+            files=files,
             compiler_options=compiler_options.options(jax.default_backend(), "sample"),
         )
         self._params: dict[str, Params] = {}

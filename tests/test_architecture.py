@@ -16,6 +16,7 @@ FLOORS = {
         "types",
         "numerics",
         "compiling",
+        "executable_files",
         "compiler_options",
         "sharding",
         "chips",
