@@ -16,7 +16,7 @@ from kontext_jax import latents
 from kontext_jax.flow import timestep_schedule
 from kontext_jax.models.layers import (
     Dense,
-    RMSNorm,
+    RMSFactors,
     modulated_norm,
     scale_time,
     timestep_embedding,
@@ -388,16 +388,16 @@ def test_norms_are_computed_in_float32():
     assert normed.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(normed, np.float64), expected, atol=0.02)
 
-    normed = RMSNorm().apply({"params": {"scale": jnp.ones(32)}}, x)
-    assert normed.dtype == jnp.float32
-    expected = x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + 1e-6)
-    np.testing.assert_allclose(normed, expected, rtol=1e-6)
+    gain, scale = RMSFactors().apply({"params": {"scale": jnp.ones(32)}}, x)
+    assert gain.dtype == scale.dtype == jnp.float32
+    expected = 1 / np.sqrt((x64**2).mean(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(gain, expected, rtol=1e-6)
 
 
 def test_rms_norm_epsilon_is_that_of_the_references():
     x = jnp.full((1, 4), 1e-3)
-    normed = RMSNorm().apply({"params": {"scale": jnp.ones(4)}}, x)
-    np.testing.assert_allclose(normed, 1e-3 / math.sqrt(1e-6 + 1e-6), rtol=1e-5)
+    gain, _ = RMSFactors().apply({"params": {"scale": jnp.ones(4)}}, x)
+    np.testing.assert_allclose(gain, 1 / math.sqrt(1e-6 + 1e-6), rtol=1e-5)
 
 
 def test_dense_accumulates_in_float32():

@@ -6,7 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kontext_jax.ops.rope import apply_rope, rope_table
+from kontext_jax.ops import rope
+from kontext_jax.ops.rope import full_width, rope_table, rotate, scaled
 
 AXES = (4, 6, 6)
 HEAD_DIM = sum(AXES)
@@ -18,6 +19,10 @@ def random_ids(*shape, seed=0, high=64):
 
 def random_heads(num_tokens, seed=0, batch=1):
     return jax.random.normal(jax.random.key(seed), (batch, 2, num_tokens, HEAD_DIM))
+
+
+def apply_rope(x, table):
+    return rotate(x, jnp.ones((1, 1, 1, 1)), full_width(table))
 
 
 def test_rotation_is_multiplication_by_complex_phases():
@@ -97,3 +102,40 @@ def test_positions_in_bfloat16_merge_neighbours_above_256():
 def test_wrong_arguments_are_refused(ids, axes, precision, message):
     with pytest.raises(ValueError, match=message):
         rope_table(ids, axes, 10_000, precision)
+
+
+def norm_then_rotate(x, scale, table):
+    """Of `rotate`, step by step, for autodiff."""
+    gain = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+    first, second = jnp.split(x * gain * scale, 2, axis=-1)
+    cos, sin = table[..., None, 0, :, :], table[..., None, 1, :, :]
+    return jnp.concatenate([cos * first - sin * second, sin * first + cos * second], axis=-1)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_rotation_with_a_norm_has_the_gradients_of_its_steps(batched):
+    ids = random_ids(2, 5) if batched else random_ids(5)
+    table = jnp.asarray(rope_table(ids, AXES, 10_000))
+    keys = jax.random.split(jax.random.key(4), 3)
+    x, weights = (jax.random.normal(key, (2, 3, 5, HEAD_DIM)) for key in keys[:2])
+    scale = jax.random.normal(keys[2], (HEAD_DIM,))
+
+    def at_once(x, scale, table):
+        gain = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+        return rotate(x, gain, scaled(full_width(table), scale))
+
+    def value_and_gradients(function):
+        loss = lambda *a: jnp.sum(weights * function(*a))  # noqa: E731
+        return function(x, scale, table), *jax.jit(jax.grad(loss, (0, 1, 2)))(x, scale, table)
+
+    pairs = zip(value_and_gradients(at_once), value_and_gradients(norm_then_rotate), strict=True)
+    for got, want in pairs:
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_halves_are_exchanged_exactly_by_a_product_too(dtype):
+    x = random_heads(7).astype(dtype)
+    got = jax.jit(rope.exchange_by_product)(x)
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, np.roll(np.asarray(x, np.float32), HEAD_DIM // 2, axis=-1))

@@ -171,20 +171,23 @@ def low_rank_path(module: nn.Module, x: jax.Array, num_axes: int = 1) -> jax.Arr
     return matmul(matmul(x, a, num_axes), b)
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + 1e-6) · scale over the last axis; float32 in and out."""
+class RMSFactors(nn.Module):
+    """What an RMS norm x · gain · scale over the last axis multiplies by, in float32.
+
+    gain [..., 1] = 1 / sqrt(mean(x²) + 1e-6), scale [Dh].
+    """
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         x = x.astype(jnp.float32)
-        factor = lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + NORM_EPS)
+        gain = lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + NORM_EPS)
         # On GPU the norm would become a kernel of its own and write its float32 result; kept apart,
         # the products join the rotation that follows.
-        factor = lax.platform_dependent(
-            factor, cuda=lax.optimization_barrier, default=lambda factor: factor
+        gain = lax.platform_dependent(
+            gain, cuda=lax.optimization_barrier, default=lambda gain: gain
         )
-        return x * factor * scale.astype(jnp.float32)
+        return gain, scale.astype(jnp.float32)
 
 
 def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
@@ -199,7 +202,7 @@ def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Arra
     centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     normed = centred * lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + NORM_EPS)
     shift, scale = (m[:, None, :].astype(jnp.float32) for m in (shift, scale))
-    return ((1 + scale) * normed + shift).astype(x.dtype)
+    return lax.optimization_barrier(((1 + scale) * normed + shift).astype(x.dtype))
 
 
 def scale_time(
@@ -272,6 +275,11 @@ class Modulation(nn.Module):
         kernel = self.param("kernel", init, (*stack, width, self.chunks, width))
         bias = self.param("bias", zeros, (*stack, self.chunks, width))
         rows = nn.silu(vec).astype(self.dtype).reshape(-1, width)
+        num_rows = rows.shape[0]
+        if (
+            num_rows == 1
+        ):  # a product with one row would run on the TPU's vector unit, three times as long
+            rows = jnp.broadcast_to(rows, (2, width))
         rows = constrain(rows, "rows", "embed")
         multiply = functools.partial(matmul, out_dtype=jnp.float32)
         if self.num_layers is not None:
@@ -286,7 +294,7 @@ class Modulation(nn.Module):
         out = add_bias(out.astype(self.dtype), bias)
         if self.has_variable("lora", "a"):
             out = out + self._low_rank_path(rows)
-        return out.reshape(*vec.shape[:-1], *out.shape[1:])
+        return out[:num_rows].reshape(*vec.shape[:-1], *out.shape[1:])
 
     def _low_rank_path(self, rows: jax.Array) -> jax.Array:
         if self.num_layers is None:

@@ -85,7 +85,12 @@ def _merge(x: jax.Array, axis: int) -> jax.Array:
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, layout: TokenLayout, backend: Backend
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    layout: TokenLayout,
+    backend: Backend,
+    scale: float | None = None,
 ) -> jax.Array:
     """Attention over joined streams [B, H, S, Dh] whose tokens are split, as is the result.
 
@@ -99,8 +104,8 @@ def attend(
         return layout.cut(constrain(x, "batch", heads, None, "head_dim"), 2)
 
     if by_heads:
-        attended = layout.uncut(attention(*map(whole, (q, k, v)), backend=backend), 2)
+        attended = layout.uncut(attention(*map(whole, (q, k, v)), backend=backend, scale=scale), 2)
         attended = constrain(attended, "batch", "attended_heads", None, "head_dim")
     else:
-        attended = attention(q, whole(k), whole(v), backend=backend)
+        attended = attention(q, whole(k), whole(v), backend=backend, scale=scale)
     return constrain(attended, "batch", "heads", "tokens", "head_dim")

@@ -300,7 +300,8 @@ def _splash(q, k, v, scale):
         def pad(x, num_tokens):
             return jnp.pad(x, ((0, 0), (0, 0), (0, num_tokens - x.shape[2]), (0, 0)))
 
-        q = (q.astype(jnp.float32) * scale).astype(q.dtype)  # the kernel does not scale
+        if scale != 1:  # the kernel does not scale
+            q = (q.astype(jnp.float32) * scale).astype(q.dtype)
         out = lax.platform_dependent(
             *(pad(q, padded_q), pad(k, padded_kv), pad(v, padded_kv)),
             cpu=functools.partial(run, True),

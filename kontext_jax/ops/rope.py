@@ -15,6 +15,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+
+# cosines and signed sines of the angles, as `rotate` takes them
+Rotation = tuple[jax.Array, jax.Array]
 
 
 def rope_table(
@@ -57,17 +61,93 @@ def rope_table(
     return np.stack([np.cos(angles), np.sin(angles)], axis=-3).astype(np.float32)
 
 
-def apply_rope(x: jax.Array, table: jax.Array) -> jax.Array:
-    """Rotates the channel pairs (p, p + Dh/2) of each head by its token's angles, in float32.
+def full_width(table: jax.Array) -> Rotation:
+    """A table for `rotate`: [..., 2, S, Dh/2] of `rope_table` → two of [..., S, Dh].
+
+    The cosines stand twice side by side, the sines with the sign of their half.
+    """
+    cos, sin = table[..., 0, :, :], table[..., 1, :, :]
+    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+
+
+def scaled(rotation: Rotation, scale: jax.Array) -> Rotation:
+    """The rotation of channels that were multiplied by scale [Dh] before."""
+    cos, sin = rotation
+    return cos * scale, sin * _exchanged(scale)
+
+
+@jax.custom_vjp
+def rotate(x: jax.Array, gain: jax.Array, rotation: Rotation) -> jax.Array:
+    """gain · (cos · x + sin · x with its halves exchanged), in float32 and rounded once.
+
+    A norm before the rotation is in `gain` and in the `rotation` (`scaled`), so that what is
+    exchanged is x itself.
 
     Args:
       x: [B, H, S, Dh].
-      table: [2, S, Dh/2] for the whole batch or [B, 2, S, Dh/2], from `rope_table`.
+      gain: float32 [B, H, S, 1], or broadcastable to it.
+      rotation: two of [S, Dh] for the whole batch or of [B, S, Dh], from `full_width`.
 
     Returns:
       [B, H, S, Dh] in the dtype of x.
     """
-    cos, sin = table[..., None, 0, :, :], table[..., None, 1, :, :]  # [(B,) 1, S, Dh/2]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([cos * first - sin * second, sin * first + cos * second], axis=-1)
-    return rotated.astype(x.dtype)
+    cos, sin = _for_heads(rotation)
+    return (gain * (x.astype(jnp.float32) * cos + _exchange_halves(x) * sin)).astype(x.dtype)
+
+
+def _rotate_fwd(x, gain, rotation):
+    return rotate(x, gain, rotation), (x, gain, rotation)
+
+
+def _rotate_bwd(residuals, dy):
+    x, gain, rotation = residuals
+    cos, sin = _for_heads(rotation)
+    x32, dy32, exchanged = x.astype(jnp.float32), dy.astype(jnp.float32), _exchange_halves(x)
+    # Exchanging is its own transpose. It is exact for dy as it comes, and would not be for sin·dy.
+    dx = gain * (dy32 * cos + _exchange_halves(dy) * _exchanged(sin))
+    d_gain = jnp.sum(dy32 * (x32 * cos + exchanged * sin), axis=-1, keepdims=True)
+    d_cos, d_sin = (
+        _sum_to(jnp.sum(gain * dy32 * factor, axis=1), rotation[0].shape)  # over heads
+        for factor in (x32, exchanged)
+    )
+    return dx.astype(x.dtype), _sum_to(d_gain, gain.shape), (d_cos, d_sin)
+
+
+rotate.defvjp(_rotate_fwd, _rotate_bwd)
+
+
+def _for_heads(rotation: Rotation) -> Rotation:
+    """[(B,) S, Dh] → [(B,) 1, S, Dh]."""
+    return tuple(x[..., None, :, :] for x in rotation)
+
+
+def _sum_to(x, shape):
+    """x summed over the axes along which an array of this shape was broadcast."""
+    x = jnp.sum(x, axis=tuple(range(x.ndim - len(shape))))
+    return jnp.sum(x, axis=tuple(i for i, n in enumerate(shape) if n != x.shape[i]), keepdims=True)
+
+
+def _exchanged(x):
+    return jnp.roll(x, x.shape[-1] // 2, axis=-1)
+
+
+def _exchange_halves(x: jax.Array) -> jax.Array:
+    """float32 x with the halves of its last axis exchanged."""
+    return lax.platform_dependent(
+        x, tpu=exchange_by_product, default=lambda x: _exchanged(x).astype(jnp.float32)
+    )
+
+
+def exchange_by_product(x: jax.Array) -> jax.Array:
+    """`x` with the halves of its last axis exchanged, by a permutation matrix: exact, in float32.
+
+    For TPUs, whose vector unit is slow at moving the halves of its 128 lanes: slices and
+    concatenation are passes of their own, and take four times as long as one pass with a product.
+    """
+    width = x.shape[-1]
+    permutation = jnp.asarray(np.roll(np.eye(width), width // 2, axis=1), x.dtype)
+    axes = ((x.ndim - 1,), (0,)), ((), ())
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return lax.dot_general(
+        x, permutation, axes, precision=precision, preferred_element_type=jnp.float32
+    )
