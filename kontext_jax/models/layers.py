@@ -276,9 +276,7 @@ class Modulation(nn.Module):
         bias = self.param("bias", zeros, (*stack, self.chunks, width))
         rows = nn.silu(vec).astype(self.dtype).reshape(-1, width)
         num_rows = rows.shape[0]
-        if (
-            num_rows == 1
-        ):  # a product with one row would run on the TPU's vector unit, three times as long
+        if num_rows == 1:  # alone it would be multiplied on TPU's vector unit, three times slower
             rows = jnp.broadcast_to(rows, (2, width))
         rows = constrain(rows, "rows", "embed")
         multiply = functools.partial(matmul, out_dtype=jnp.float32)
