@@ -4,8 +4,8 @@
     python train.py --config configs/vae_tiny.py --config.weights=RUN
 
 Second stage of a small autoencoder: RUN is one that learnt by pixels alone (configs/scenes_vae.py,
-35.6 dB); AlexNet's LPIPS, and from step 100 on a two-layer PatchGAN, sharpen it. docs/autoencoder.md
-has what the discriminator bought. Without --config.weights this trains from nothing.
+35.6 dB); AlexNet's LPIPS, and from step 100 on a two-layer PatchGAN, sharpen it. What that buys is
+in docs/autoencoder.md. Without --config.weights this trains from nothing.
 
 Hardware: any. On two CPU cores about 0.5 s a step (batch 16, 64² pixels).
 """

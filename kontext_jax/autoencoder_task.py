@@ -71,7 +71,13 @@ class AutoencoderTask:
         self._config = config
         start = open_weights(config.weights) if config.weights else None
         self._start = start
-        vae_config = PRESETS[config.preset].vae if start is None else start.components["vae"].config
+        given = PRESETS[config.preset].vae if start is None else start.components["vae"].config
+        vae_config = given.with_channels(config.autoencoder.z_channels)
+        if start is not None and vae_config != given:
+            raise ValueError(
+                f"autoencoder.z_channels is {vae_config.z_channels}, but {config.weights} has "
+                f"{given.z_channels}; leave it at 0, or begin without weights"
+            )
         dtype = DTYPES[config.dtype]
         self.vae = VAE(vae_config, dtype, remat=config.remat == "full")
         self.sources = [f"autoencoder: {start.source if start else 'drawn afresh'}"]

@@ -94,7 +94,10 @@ class TrainedTree:
     @property
     def config(self) -> Config:
         """Of the network that was trained."""
-        return getattr(PRESETS[self.settings["preset"]], self.kind)
+        config = getattr(PRESETS[self.settings["preset"]], self.kind)
+        if self.kind == "vae":
+            config = config.with_channels(self.settings["autoencoder"].get("z_channels", 0))
+        return config
 
     @property
     def is_lora(self) -> bool:

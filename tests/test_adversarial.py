@@ -118,12 +118,17 @@ def started(state):
     return state.replace(step=jnp.int32(START))
 
 
-def reconstruct(params, state_step):
-    """The reconstruction of BATCH in the step that `state_step` steps came before, and the KL."""
+@jax.jit
+def posterior_noise(state_step):
+    """What the step that `state_step` steps came before draws for its samples."""
+    keys = sample_keys(jax.random.fold_in(KEY, state_step), "posterior", jnp.arange(4))
+    return jax.vmap(lambda k: jax.random.normal(k, (4, 4, 4)))(keys)
+
+
+def reconstruct(params, noise):
+    """The reconstruction of BATCH, and the KL's term of the loss."""
     coder = toy_coder()
     mean, logvar = coder.moments(params, BATCH.image)
-    keys = sample_keys(jax.random.fold_in(KEY, state_step), "posterior", jnp.arange(4))
-    noise = jax.vmap(lambda k: jax.random.normal(k, mean.shape[1:]))(keys)
     features = coder.features(params, mean + jnp.exp(logvar / 2) * noise)
     kl = 0.5 * jnp.sum(mean**2 + jnp.exp(logvar) - 1 - logvar, axis=(1, 2, 3))
     return coder.output(params["last"], features), 1e-6 * jnp.mean(kl)
@@ -151,18 +156,19 @@ def test_the_weight_and_both_gradients_are_those_of_the_written_out_losses(stepp
     before, _, after = states
     phi = before.extra.params
 
-    def losses(params):
-        decoded, kl = reconstruct(params, START)
-        return nll_of(decoded), -jnp.mean(toy_logits(phi, decoded)), kl
+    def losses(params, noise):
+        decoded, kl = reconstruct(params, noise)
+        return jnp.stack([nll_of(decoded), -jnp.mean(toy_logits(phi, decoded)), kl])
 
     @jax.jit
-    def by_hand(params):
+    def by_hand(params, noise):
         # Three whole backward passes, as taming-transformers does it.
-        nll, g, kl = (jax.grad(lambda p, i=i: losses(p)[i])(params) for i in range(3))
+        jacobian = jax.jacrev(losses)(params, noise)
+        nll, g, kl = (jax.tree.map(lambda x, i=i: x[i], jacobian) for i in range(3))
         norms = [jnp.linalg.norm(x["last"]["kernel"].ravel()) for x in (nll, g)]
         weight = WEIGHT * jnp.clip(norms[0] / (norms[1] + 1e-4), 0, 1e4)
         total = jax.tree.map(lambda a, b, c: a + weight * b + c, nll, g, kl)
-        decoded, _ = reconstruct(params, START)
+        decoded, _ = reconstruct(params, noise)
 
         def discriminator(phi):
             real, fake = toy_logits(phi, BATCH.image), toy_logits(phi, decoded)
@@ -170,7 +176,7 @@ def test_the_weight_and_both_gradients_are_those_of_the_written_out_losses(stepp
 
         return weight, total, jax.grad(discriminator)(phi)
 
-    weight, total, by_phi = by_hand(before.params)
+    weight, total, by_phi = by_hand(before.params, posterior_noise(START))
     assert 1e-3 < weight < 1e4, "neither bound hides the quotient"
     np.testing.assert_allclose(rows[START]["adversarial_weight/sum"], weight, rtol=1e-4)
     # SGD at rate 1: what changed is the gradient. Were D's loss to leak into the autoencoder, or g
@@ -200,11 +206,11 @@ def test_before_its_step_the_discriminator_neither_learns_nor_counts(stepped):
         np.testing.assert_array_equal(a, b)
     assert after.extra.step == 0 and states[2].extra.step == 1
 
-    def loss(params):
-        decoded, kl = reconstruct(params, 0)
+    def loss(params, noise):
+        decoded, kl = reconstruct(params, noise)
         return nll_of(decoded) + kl
 
-    value, grads = jax.jit(jax.value_and_grad(loss))(before.params)
+    value, grads = jax.jit(jax.value_and_grad(loss))(before.params, posterior_noise(0))
     assert_trees_close(change(before.params, after.params), grads, 1e-4)
     assert rows[0]["loss"] == pytest.approx(float(value), rel=1e-5)
     means = mean_metrics([jax.device_get(rows[0])])
@@ -215,15 +221,18 @@ def test_the_perceptual_gradient_reaches_the_autoencoder(stepped):
     """diffusers' trainer computes this term without gradients; ours moves the first layer."""
     _, states, _ = stepped
 
-    @jax.jit
+    noise = posterior_noise(0)
+
     def term(params):
-        decoded, _ = reconstruct(params, 0)
+        decoded, _ = reconstruct(params, noise)
         return jnp.mean(blurred_distance(FROZEN, BATCH.image, decoded))
 
-    params = states[0].params
-    grad = jax.jit(jax.grad(term))(params)["in"]
+    params, value_and_grad = states[0].params, jax.jit(jax.value_and_grad(term))
+    grad = value_and_grad(params)[1]["in"]
     norm = float(jnp.linalg.norm(grad))
-    ends = [term(params | {"in": params["in"] + h * grad / norm}) for h in (-1e-3, 1e-3)]
+    ends = [
+        value_and_grad(params | {"in": params["in"] + h * grad / norm})[0] for h in (-1e-3, 1e-3)
+    ]
     assert (ends[1] - ends[0]) / 2e-3 == pytest.approx(norm, rel=1e-2)
     assert norm > 1e-3
 

@@ -247,8 +247,9 @@ def table(title: str, count: int, found: dict[str, dict[str, dict[str, float | N
     rows += ["", "Kontext, table 1 (4,096 of ImageNet at 256²; PDist is not defined there):", ""]
     rows += ["| | PDist | SSIM | PSNR, dB |", "|---|---|---|---|"]
     for model, figures in PAPER.items():
-        cells = (f"{figures[name][0]} ± {figures[name][1]}" for name in ("pdist", "ssim", "psnr"))
-        rows.append(f"| {model} | {' | '.join(cells)} |")
+        pdist, ssim = (f"{m:.3f} ± {e:.3f}" for m, e in (figures["pdist"], figures["ssim"]))
+        mean, error = figures["psnr"]
+        rows.append(f"| {model} | {pdist} | {ssim} | {mean:.1f} ± {error:.2f} |")
     return "\n".join(rows)
 
 

@@ -62,6 +62,10 @@ class VAEConfig:
     latent_shift: float = 0.1159
     patch: int = 1  # patch × patch pixels enter and leave as one cell; 1 in all published models
 
+    def with_channels(self, z_channels: int) -> "VAEConfig":
+        """The same with another number of latent channels; 0 changes nothing."""
+        return dataclasses.replace(self, z_channels=z_channels or self.z_channels)
+
     @property
     def downsampling(self) -> int:
         """Pixels along one side of a latent cell."""

@@ -83,10 +83,11 @@ def adaptive_weight(
 ) -> jax.Array:
     """clip(‖∂nll/∂W‖ / (‖∂g/∂W‖ + 1e-4), 0, 1e4) of gradients by x̂."""
 
+    def image_of(kernel):
+        return output(last | {"kernel": kernel}, features).astype(d_nll.dtype)
+
     def by_kernel(cotangent):
-        _, pull = jax.vjp(
-            lambda kernel: output(last | {"kernel": kernel}, features), last["kernel"]
-        )
+        _, pull = jax.vjp(image_of, last["kernel"])
         return jnp.linalg.norm(pull(cotangent)[0].ravel())
 
     return jnp.clip(by_kernel(d_nll) / (by_kernel(d_g) + WEIGHT_EPSILON), 0.0, MAX_WEIGHT)

@@ -70,6 +70,7 @@ class AutoencoderConfig:
     """Weights of the loss, whose terms are sums over a picture.
 
     Attributes:
+      z_channels: channels of the latents, which set their rate; 0: as many as the preset's.
       l1_weight: of absolute errors.
       mse_weight: of squared errors.
       kl_weight: of the divergence from the standard Gaussian. It keeps latents from growing, and
@@ -84,6 +85,7 @@ class AutoencoderConfig:
       adversarial_loss: "hinge", or "non_saturating".
     """
 
+    z_channels: int = 0
     l1_weight: float = 1.0
     mse_weight: float = 0.0
     kl_weight: float = 1e-6
