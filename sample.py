@@ -13,6 +13,7 @@ DEMO_IMAGE = "example:shapes"
 DEMO_PROMPT = "make the red circle yellow"
 SHIPPED, UNTRAINED = "tiny", "untrained"  # what --model can name where there are no --weights
 OUTPUTS = Path("outputs")
+PROGRAMS = "programs"  # folder of the cache for programs that are loaded without tracing
 EPILOG = """examples:
   python sample.py                              edits a picture by the small model of the package;
                             kontext_jax/assets/models/tiny/README.md says what that one understands
@@ -24,6 +25,7 @@ EPILOG = """examples:
   python sample.py --weights W --jobs jobs.jsonl -o results/
   python sample.py --weights W --mesh context=4 --image cat.png --prompt "make the cat black"
   python sample.py --weights W --from-metadata night.png -o again.png
+  python sample.py --weights W --compile-only --references 1 2
 
 A line of a jobs file is {"prompt": "…", "images": ["cat.png"], "seed": 7, "output": "x.png"}: the
 options below by their long names (num_steps for --steps, true_cfg_scale for --true-cfg), images
@@ -133,6 +135,20 @@ def make_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--jobs", metavar="FILE", help="one request a line, as JSON")
     run.add_argument("--from-metadata", metavar="FILE.png", help="make this picture again")
+    run.add_argument(
+        "--compile-only",
+        action="store_true",
+        help="compile what requests with these options need, for all preferred sizes or --size, so "
+        "that later runs do not; weights are not read",
+    )
+    run.add_argument(
+        "--references",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="with --compile-only: how many images requests have (default 1, or 0 for models that "
+        "take none)",
+    )
     run.add_argument("--show", choices=("timings",), action="append", help="print at the end")
     run.add_argument("--no-cache", action="store_true", help="don't keep compiled programs on disk")
     run.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
@@ -144,6 +160,7 @@ def open_weights(
     model: str | None,
     raw_params: bool = False,
     step: int | None = None,
+    shapes_suffice: bool = False,
 ):
     """The bundle that --weights, --model, --raw-params and --checkpoint mean."""
     from kontext_jax import checkpoint
@@ -162,6 +179,8 @@ def open_weights(
             f"there is no model {model!r}{did_you_mean(model, names)}; models are "
             f"{', '.join(names)}"
         )
+    if weights is None and shapes_suffice:
+        return checkpoint.untrained_bundle(model)
     if weights is None:
         raise ValueError(
             f"{model} needs its weights; give --weights PATH, or use --model {SHIPPED} without any"
@@ -239,6 +258,47 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+def check_compile_only(flags: dict, fields: dict) -> None:
+    """Raises ValueError for flags that say nothing together with --compile-only, or without it."""
+    if not flags.get("compile_only"):
+        if "references" in flags:
+            raise ValueError(
+                "--references goes with --compile-only; to edit a picture give --image"
+            )
+        return
+    for name in ("jobs", "from_metadata", "no_cache", "output"):
+        if name in flags:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"--compile-only makes no pictures and keeps programs; drop {flag}")
+    if "images" in fields:
+        raise ValueError("--compile-only works on blank pictures; give --references N, not --image")
+
+
+def warm(bundle, fields: dict, flags: dict, mesh, tell) -> int:
+    """--compile-only."""
+    from kontext_jax import compiling, requests, warming
+
+    request = requests.request_from_dict({"prompt": DEMO_PROMPT, **fields})
+    counts = flags.get("references", [1 if bundle.preset.takes_references else 0])
+    if min(counts) < 0:
+        raise ValueError(f"--references {min(counts)}: expected 0 or more")
+    wanted = [x for n in counts for x in warming.blank_requests(request, bundle.preset, n)]
+    kept = compiling.keep_compiled_programs(compiling.default_cache_dir())
+    pipeline = warming.WarmingPipeline(
+        bundle,
+        dtype=flags.get("dtype"),
+        tiling=flags.get("tile", "auto"),
+        mesh=mesh,
+        keep_text_encoders=False,
+        programs_dir=kept / PROGRAMS,
+        tell=lambda line: tell(f"note: {line}"),
+    )
+    tell(f"compiling for {bundle.preset.name} in {pipeline.dtype}")
+    progress = sys.stderr.isatty() and not flags.get("quiet", False)
+    warming.warm(pipeline, wanted, kept, tell=tell, progress=progress)
+    return 0
+
+
 def run(given: dict) -> int:
     """Runs what the flags ask for."""
     # Imported when the flags are known to be good: JAX takes a second or two.
@@ -251,6 +311,9 @@ def run(given: dict) -> int:
         raise ValueError("--jobs and --from-metadata cannot be used together")
     if jobs and fields:
         raise ValueError(f"with --jobs, {', '.join(sorted(fields))} belongs into the file's lines")
+
+    compile_only = flags.get("compile_only", False)
+    check_compile_only(flags, fields)
 
     from kontext_jax import compiling, runs
     from kontext_jax.pipeline import Pipeline
@@ -269,7 +332,8 @@ def run(given: dict) -> int:
     if recipe and not flags.get("weights"):
         model = model or model_of(recipe)
     bundle = open_weights(
-        flags.get("weights"), model, flags.get("raw_params", False), flags.get("checkpoint")
+        *(flags.get("weights"), model, flags.get("raw_params", False), flags.get("checkpoint")),
+        shapes_suffice=compile_only,
     )
     if recipe and bundle.identity != recipe.weights:
         raise ValueError(
@@ -282,6 +346,8 @@ def run(given: dict) -> int:
     if "mesh" in flags:
         mesh_sizes = parse_mesh(flags["mesh"])
     mesh = sampling_mesh(mesh_sizes)
+    if compile_only:
+        return warm(bundle, fields, flags, mesh, tell)
     prepared = base = place = None
     if recipe:
         prepared, same = runs.prepare_again(recipe, bundle.preset, fields)
@@ -304,12 +370,16 @@ def run(given: dict) -> int:
         base = Path(flags["output"]) if "output" in flags else runs.free_output(OUTPUTS)
         runs.check_outputs(base, prepared.request)
 
+    kept = None
+    if not flags.get("no_cache"):
+        kept = compiling.keep_compiled_programs(compiling.default_cache_dir())
     pipeline = Pipeline(
         bundle,
         dtype=dtype,
         tiling=tiling,
         mesh=mesh,
         keep_text_encoders=False,
+        programs_dir=kept and kept / PROGRAMS,
         tell=lambda line: tell(f"note: {line}"),
     )
     name, source = bundle.preset.name, bundle.source
@@ -320,8 +390,7 @@ def run(given: dict) -> int:
         tell(f"mesh: {format_mesh(mesh_sizes)} of {mesh.size} devices")
     if model == UNTRAINED:
         tell("note: untrained: the picture shows that every part runs, it is no edit")
-    if not flags.get("no_cache"):
-        kept = compiling.keep_compiled_programs(compiling.default_cache_dir())
+    if kept is not None:
         tell(f"compiled programs are kept in {kept} (--no-cache: they are not)")
     if recipe and place:
         tell(f"making {recipe_path} again")

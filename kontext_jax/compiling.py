@@ -106,6 +106,9 @@ class Executables:
         self._compiler_options = dict(compiler_options or {})
         self._compiled: dict[Hashable, Any] = {}
 
+    def __len__(self) -> int:
+        return len(self._compiled)
+
     def get(
         self,
         key: Hashable,
@@ -146,6 +149,8 @@ class Executables:
         if compiled is None:
             compiled = self._compile(make(), {"keep_unused": True}, args)
             files.save(facts, compiled)
+            # The same kind of program at the first start as at the next ones.
+            compiled = files.load(facts) or compiled
         return compiled
 
     def _compile(self, function: Callable, options: dict[str, Any], args) -> jax.stages.Compiled:

@@ -117,6 +117,7 @@ class ExecutableFiles:
             if stored["facts"] != facts:
                 raise ValueError("it holds another program than its name says")
             results = self._decode(stored["results"])
+            shapes = [jax.ShapeDtypeStruct(*x) for x in stored["result_shapes"]]
             client = jax.devices()[0].client
             loaded = client.deserialize_executable(payload, executable_devices=_devices())
         except Exception as error:  # runtimes raise what they like
@@ -124,7 +125,8 @@ class ExecutableFiles:
             self._tell(f"the kept program {path} cannot be used ({first}); it is made anew")
             return None
         os.utime(path)
-        return _Program(loaded, facts["shapes"], results)
+        out_info = jax.tree.map(lambda i: shapes[i], results)
+        return KeptProgram(loaded, facts["shapes"], results, out_info)
 
     def save(self, facts: Mapping[str, Any], compiled: jax.stages.Compiled) -> None:
         """Keeps a program that was compiled with `keep_unused=True`."""
@@ -141,6 +143,7 @@ class ExecutableFiles:
         header = {
             "facts": facts,
             "results": results,
+            "result_shapes": [_shape(x) for x in jax.tree.leaves(compiled.out_info)],
             "sha256": hashlib.sha256(payload).hexdigest(),
         }
         path = self._path(facts)
@@ -181,11 +184,17 @@ class ExecutableFiles:
         return tuple(parts) if name == "tuple" else self._types[name](*parts)
 
 
-class _Program:
-    """An executable that takes and returns trees of arrays, as `jax.stages.Compiled` does."""
+class KeptProgram:
+    """An executable that takes and returns trees of arrays, as `jax.stages.Compiled` does.
 
-    def __init__(self, loaded: Any, shapes: list, results: Any):
+    Its results are committed to its device, as those of a compiled function are not: programs made
+    from them later are others then.
+    """
+
+    def __init__(self, loaded: Any, shapes: list, results: Any, out_info: Any):
         self._loaded, self._shapes, self._results = loaded, shapes, results
+        self.out_info = out_info  # shapes and dtypes of its results
+        self.device = jax.devices()[0]
 
     def __call__(self, *args: Any) -> Any:
         leaves = jax.tree.leaves(args)

@@ -278,8 +278,20 @@ def prepare(request: SampleRequest, preset: Preset, folder: Path | None = None) 
     Raises:
       FileNotFoundError, ValueError: see `complete`, `load_picture` and `plan_sizes`.
     """
-    request = complete(request, preset)
+    complete(request, preset)  # what the model cannot do is said before files are looked for
     pictures = tuple(load_picture(find_image(name, folder), name) for name in request.images)
+    return prepare_pictures(request, preset, pictures)
+
+
+def prepare_pictures(
+    request: SampleRequest, preset: Preset, pictures: tuple[Picture, ...]
+) -> PreparedRequest:
+    """Completes a request and decides all sizes, given the pictures of its images.
+
+    Raises:
+      ValueError: see `complete` and `plan_sizes`.
+    """
+    request = complete(request, preset)
     sizes = plan_sizes(
         [(p.width_px, p.height_px) for p in pictures],
         numerics=NUMERICS[request.numerics],

@@ -276,9 +276,12 @@ class Stages:
         stats = jax.devices()[0].memory_stats()
         if not stats or "bytes_limit" not in stats:  # the CPU: tiles would lie in the same memory
             return None
-        free = stats["bytes_limit"] - stats["bytes_in_use"]
+        free = stats["bytes_limit"] - self._bytes_in_use(stats)
         needed = vae_peak_bytes(vae.config, height_px, width_px, vae.dtype)
         return TILE_PX if needed > 0.9 * free else None
+
+    def _bytes_in_use(self, stats: dict[str, int]) -> int:
+        return stats["bytes_in_use"]
 
     def _load(self, kind: str) -> Params:
         """The weights of a network, read on first use."""

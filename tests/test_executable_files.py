@@ -136,6 +136,7 @@ def test_a_kept_program_refuses_other_arguments(tmp_path):
     compiled = jax.jit(lambda x: (x,), keep_unused=True).lower(np.ones(3, np.float32)).compile()
     files.save(facts, compiled)
     program = files.load(facts)
+    assert program.out_info[0].shape == (3,) and program.out_info[0].dtype == np.float32
     with pytest.raises(TypeError, match="takes arrays"):
         program(np.ones(4, np.float32))
 

@@ -17,15 +17,15 @@ from kontext_jax import latents, placement, sharding
 from kontext_jax.checkpoint import parameter_shapes, untrained_bundle
 from kontext_jax.flops import mmdit_flops
 from kontext_jax.models.mmdit import block_form_for, unstacked
-from kontext_jax.models.presets import PRESETS, Preset
+from kontext_jax.models.presets import PRESETS
 from kontext_jax.models.vae import VAE
 from kontext_jax.models.vae_tiling import vae_peak_bytes
 from kontext_jax.plan.programs import Program
 from kontext_jax.plan.targets import Target
 from kontext_jax.sharding import MeshConfig
 from kontext_jax.stages import Stages
-from kontext_jax.tokenizing import TextIds
 from kontext_jax.train_loop import tree_bytes
+from kontext_jax.warming import BlankTokenizers
 
 WEIGHTS_USED_BY = {  # program → networks whose weights are its arguments
     "text": ("t5", "clip"),
@@ -105,17 +105,6 @@ def sampling_stages(request: Request, target: Target) -> list[Stage]:
     ]
 
 
-class _Ids:
-    """In place of tokenizers: the shapes of what they make."""
-
-    def __init__(self, preset: Preset):
-        self._shapes = ((1, preset.max_text_tokens), (1, preset.clip.max_position_embeddings))
-
-    def tokenize(self, prompts: list[str], max_text_tokens: int) -> tuple[TextIds, list[str]]:
-        t5, clip = (np.zeros(shape, np.int32) for shape in self._shapes)
-        return TextIds(t5=t5, clip=clip, t5_mask=np.ones_like(t5, bool)), []
-
-
 class _NoPlacement(placement.Placement):
     """Leaves arrays where they are, and remembers where they should have gone."""
 
@@ -143,7 +132,7 @@ class _PlannedStages(Stages):
         self._request, self._target, self._mesh = request, target, mesh
         self._placement = _NoPlacement(mesh)
         self._block_form = block_form_for(target.chip.platform)
-        self._tokenizers = _Ids(self.preset)
+        self._tokenizers = BlankTokenizers(self.preset)
         self._found: dict[str, Program] = {}
         self.in_tiles: set[str] = set()
 
