@@ -4,7 +4,7 @@
     data     groups of devices that hold all parameters between them; the batch is split
     fsdp     parameters, optimizer and EMA are split, gathered layer by layer; the batch is split
     context  the tokens of each example are split; parameters are copied
-    tensor   heads and MLP channels are split; activations are copied
+    tensor   heads and MLP channels are split; between products, tokens
 
 Axes of arrays have logical names, and two tables hold all decisions: `PARAMETER_AXES` names the
 axes of a parameter by its path, `MESH_AXES` says where a logical axis lies. Models name the axes of
@@ -38,6 +38,8 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,
     "rows": ("slice", "data"),  # of a batch whose other axis is split over fsdp
     "tokens": ("context",),
+    # Between products, whose channels are split: norms, gates and sums are then split as well.
+    "stream": ("context", "tensor"),
     "width": (),
     "attended_heads": ("tensor", "context"),  # where tokens are whole
     # activations and parameters

@@ -205,12 +205,11 @@ def run_on_eight_devices(*args: str) -> dict:
 # Meshes of eight devices → one device's part of a kernel [1, 32, 128] with axes layers, embed, mlp.
 TRAINED = {
     "none": [1, 32, 128],
-    "data=2,fsdp=4": [1, 8, 128],
-    "slices=2,fsdp=2,tensor=2": [1, 16, 64],
+    "slices=2,data=2,fsdp=2": [1, 16, 128],
     "context=8": [1, 32, 128],  # more parts than heads: queries are split
     "fsdp=2,context=2,tensor=2": [1, 16, 64],  # all-to-all
 }
-SAMPLED = ("none", "tensor=4", "context=8", "slices=2,data=2,context=2")
+SAMPLED = ("none", "tensor=4", "context=4,tensor=2", "slices=2,data=2,context=2")
 
 
 def check_activations(mesh: str, activations: list[list]) -> None:
@@ -220,6 +219,7 @@ def check_activations(mesh: str, activations: list[list]) -> None:
     divided_by = {
         "batch": sizes["slices"] * sizes["data"] * sizes["fsdp"],
         "tokens": sizes["context"],  # padded where it does not divide them
+        "stream": sizes["context"] * sizes["tensor"],
         "heads": sizes["tensor"],
         "mlp": sizes["tensor"],
         "attended_heads": sizes["tensor"] * sizes["context"],
@@ -253,7 +253,7 @@ def test_activations_lie_where_their_axes_say(on_eight_devices):
     check_activations("fsdp=2,context=2,tensor=2", found["activations"])
     axes = {tuple(names) for *names, _, _ in found["activations"]}
     assert {
-        ("batch", "tokens", "width"),
+        ("batch", "stream", "width"),
         ("batch", "tokens", "mlp"),
         ("batch", "heads", "tokens", "head_dim"),
         ("batch", "attended_heads", None, "head_dim"),

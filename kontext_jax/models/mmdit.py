@@ -146,7 +146,7 @@ def _mlp_hidden(x: jax.Array) -> jax.Array:
 
 def _stream(x: jax.Array) -> jax.Array:
     """Tokens [B, S, D] between blocks, pinned, or the partitioner gathers the batch everywhere."""
-    return constrain(x, "batch", "tokens", "width")
+    return constrain(x, "batch", "stream", "width")
 
 
 class DoubleBlock(nn.Module):

@@ -32,7 +32,7 @@ class TokenLayout:
     @classmethod
     def on_mesh(cls, num_txt: int, num_img: int) -> "TokenLayout":
         """For the mesh that is active while tracing."""
-        return cls(num_txt, num_img, sharding.num_parts("tokens"))
+        return cls(num_txt, num_img, sharding.num_parts("stream"))
 
     @property
     def has_padding(self) -> bool:
