@@ -136,7 +136,7 @@ class VariantModel(Model):
         timesteps = timestep_schedule(num_steps, None)
         condition = functools.partial(make_conditioning, stages.preset.mmdit, dtype=jnp.float32)
 
-        def sample(noise, text, negative, references, scale):
+        def sample(params, noise, text, negative, references, scale):
             height, width = noise.shape[1:3]
             tokens = latents.pack(noise)
             fns = []
@@ -148,11 +148,11 @@ class VariantModel(Model):
             velocity_fn = guided_velocity_fn(*fns, scale) if scale != 1 else fns[0]
             return latents.unpack(euler_sample(velocity_fn, tokens, timesteps), height, width)
 
-        self._sample = jax.jit(sample, static_argnums=4)
+        self._params, self._sample = params, jax.jit(sample, static_argnums=5)
 
     def _denoise(self, prompts, references, noise, cfg):
         text, negative = self._text(prompts), self._text([""] * len(prompts))
-        return np.asarray(self._sample(noise, text, negative, references, cfg))
+        return np.asarray(self._sample(self._params, noise, text, negative, references, cfg))
 
 
 def steps_at_equal_compute(variant: str, steps: int) -> int:
