@@ -327,7 +327,7 @@ def test_nan_in_weights_is_refused(cli, tmp_path):
 
 
 def test_ctrl_c_ends_quietly(cli, sample, monkeypatch):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sample, "open_weights", interrupt)
