@@ -2,11 +2,13 @@
 
 import collections
 import functools
+import importlib.util
 import json
 import math
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import jax
@@ -277,6 +279,67 @@ def test_a_mesh_changes_training_and_samples_by_rounding_alone():
         print(mesh, found["deviation"], found["collectives"])
         assert found["deviation"] < 1e-5
         check_activations(mesh, found["activations"])
+
+
+TPU_GRADIENT = """
+    import json
+    import jax, jax.numpy as jnp
+    from jax.experimental import topologies
+    from kontext_jax.checkpoint import parameter_shapes
+    from kontext_jax.compiler_options import options
+    from kontext_jax.hlo_collectives import collectives
+    from kontext_jax.models.mmdit import MMDiT
+    from kontext_jax.models.presets import MMDiTConfig
+    from kontext_jax.sharding import (
+        MeshConfig, activation_rules, batch_shardings, make_mesh, state_shardings
+    )
+
+    config = MMDiTConfig(hidden_size=512, num_heads=4, depth=1, depth_single_blocks=2)
+    model = MMDiT(config, jnp.bfloat16, "splash", "save_attention")
+    devices = topologies.get_topology_desc("v5e:2x2", "tpu").devices
+    mesh = make_mesh(MeshConfig(fsdp=2, context=2), devices)
+    shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
+    batch = {
+        "img": shape(2, 1024, 64), "txt": shape(2, 256, 4096), "vec": shape(2, 768),
+        "t": shape(2), "guidance": shape(2), "pe": shape(2, 1280, 64),
+    }
+    params = parameter_shapes("mmdit", config)
+    places = state_shardings(mesh, params)
+    on_mesh = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    given = jax.tree.map(on_mesh, (params, batch), (places, batch_shardings(mesh, batch)))
+    loss = lambda params, batch: jnp.sum(model.apply({"params": params}, **batch) ** 2)
+    with activation_rules(mesh):
+        lowered = jax.jit(jax.grad(loss), out_shardings=places).lower(*given)
+        text = lowered.compile(compiler_options=options("tpu", "train")).as_text()
+    print(json.dumps([[*key, row.full_bytes] for key, row in collectives(text).items()]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs jax[tpu]")
+def test_a_tpu_gathers_and_attends_in_bfloat16_and_reduces_gradients_in_float32():
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-c", textwrap.dedent(TPU_GRADIENT)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {(kind, dtype): size for kind, dtype, size in json.loads(done.stdout.splitlines()[-1])}
+    print(found)
+    total = sum(found.values())
+    kinds = {kind for kind, _ in found}
+    assert {"all-gather", "reduce-scatter", "all-to-all"} <= kinds
+    right = {
+        "all-gather": "bf16",
+        "all-to-all": "bf16",
+        "reduce-scatter": "f32",
+        "all-reduce": "f32",
+    }
+    wrong = {k: v for k, v in found.items() if right.get(k[0], k[1]) != k[1]}
+    assert sum(wrong.values()) < 0.02 * total, wrong
 
 
 def test_optax_moments_are_found_by_path():

@@ -100,6 +100,9 @@ def attend(
     by_heads = sharding.attends_by_heads(q.shape[1])
 
     def whole(x: jax.Array) -> jax.Array:
+        # Pinned on both sides, or what made x would move to this one: its other inputs would travel
+        # as well, and x in float32.
+        x = constrain(x, "batch", "heads", "tokens", "head_dim")
         heads = "attended_heads" if by_heads else "heads"
         return layout.cut(constrain(x, "batch", heads, None, "head_dim"), 2)
 
