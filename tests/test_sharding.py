@@ -18,7 +18,7 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from kontext_jax import sharding
+from kontext_jax import config_tree, sharding
 from kontext_jax.checkpoint import parameter_shapes
 from kontext_jax.models.lora import LoraConfig, init_lora
 from kontext_jax.models.presets import CONFIG_CLASSES, PRESETS
@@ -26,6 +26,7 @@ from kontext_jax.objectives.base import TokenBatch
 from kontext_jax.optimizer import OptimizerConfig, make_optimizer
 from kontext_jax.sharding import MeshConfig
 from kontext_jax.train_state import make_train_state
+from kontext_jax.training_checkpoints import config_difference
 
 ROOT = Path(__file__).parents[1]
 
@@ -141,6 +142,14 @@ def test_a_mesh_that_does_not_fit_says_so():
         MeshConfig(data=-1)
     with pytest.raises(ValueError, match="must be positive"):
         MeshConfig(tensor=0)
+
+
+def test_runs_from_before_an_axis_existed_go_on():
+    old = {"slices": 1, "data": 2, "fsdp": -1, "tensor": 1}
+    config = config_tree.from_dict(MeshConfig, old)
+    assert config == MeshConfig(data=2)
+    now = {"mesh": config_tree.to_dict(config)}
+    assert config_difference({"mesh": old}, now, free=["mesh.*"]) == []
 
 
 def test_tpu_slices_must_be_named():

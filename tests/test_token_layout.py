@@ -1,8 +1,10 @@
 """Streams of tokens in parts: what is put together comes apart again, and nothing is lost."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from kontext_jax.models.token_layout import TokenLayout, attend
 from kontext_jax.ops.attention import attention
@@ -43,6 +45,18 @@ def test_one_part_is_the_plain_sequence():
     assert layout.pad(img, 1) is img and not layout.has_padding
     joined = layout.join(txt, img, axis=1)
     np.testing.assert_array_equal(joined[0, :, 0], np.arange(1, 9))
+
+
+def test_heads_that_tensor_does_not_divide_are_refused():
+    mesh = AbstractMesh((3,), ("tensor",), axis_types=(AxisType.Auto,))
+    x = jnp.ones((1, 4, 6, 8))
+    with (
+        jax.sharding.use_abstract_mesh(mesh),
+        pytest.raises(
+            ValueError, match=r"has 4 heads, which the mesh's tensor = 3 does not divide; set it"
+        ),
+    ):
+        attend(x, x, x, TokenLayout(2, 4), "reference")
 
 
 def test_padding_gets_no_attention():

@@ -96,8 +96,17 @@ def attend(
 
     All-to-all (Ulysses, arXiv:2309.14509): each device gets some of the heads with all their
     tokens. Where the heads cannot be split so far, it gets all keys and values for its own queries.
+
+    Raises:
+      ValueError: the mesh's `tensor` does not divide the heads.
     """
-    by_heads = sharding.attends_by_heads(q.shape[1])
+    num_heads, parts = q.shape[1], sharding.num_parts("heads")
+    if num_heads % parts:
+        raise ValueError(
+            f"attention has {num_heads} heads, which the mesh's tensor = {parts} does not divide; "
+            "set it (--config.mesh.tensor, --mesh tensor=N) to a divisor, or use context"
+        )
+    by_heads = sharding.attends_by_heads(num_heads)
 
     def whole(x: jax.Array) -> jax.Array:
         # Pinned on both sides, or what made x would move to this one: its other inputs would travel
