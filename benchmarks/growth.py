@@ -35,7 +35,6 @@ STEPS = 28
 REFERENCES = (0, 1, 2, 3, 4)
 SIDES = (512, 768, 1024, 1536, 2048)
 SLICES = {"v5p:2x2x4": 16, "v5p:4x4x4": 64, "v5p:4x8x8": 256, "v5p:8x8x16": 1024}
-FSDP = {16: 16, 64: 32, 256: 32, 1024: 32}
 
 
 def point(label: str, report: Report, runs: int) -> dict[str, Any]:
@@ -75,7 +74,7 @@ def training(topology: str, chips: int, cache: measure.Cache) -> dict[str, Any]:
     """The step with the batch that gives each chip the config's share on 64 chips."""
     config = train_config.parse(load_config(str(ROOT / "configs/kontext_joint.py")))
     per_chip = config.batch_size // 64 // config.accumulate_steps
-    mesh = sweep.parse_mesh(f"data=-1,fsdp={FSDP[chips]}")
+    mesh = sweep.parse_mesh(f"data=-1,fsdp={min(config.mesh.fsdp, chips)}")
     config = sweep.Choice(mesh, per_chip, config.remat).apply(config, chips)
     size, references = programs.default_inputs(config)
     report = measure_training(config, find_target(topology), size, references, cache)

@@ -34,7 +34,7 @@ GIB = 2**30
         (["--topology", "v5p", "--config", "configs/tine.py"], "did you mean configs/tiny.py?"),
         (["--topology", "v5q:4x4x4", "--sample"], "'v5q:4x4x4' is unknown (did you mean v5p?)"),
         (["--topology", "h100x12", "--sample", "--size", "100x100"], "not a multiple of 16"),
-        (["--topology", "v5p", "--sample", "--preset", "tinny"], "did you mean tiny?"),
+        (["--topology", "v5p", "--sample", "tinny"], "did you mean tiny?"),
         (["--topology", "v5p", "--sample", "--mesh", "tensr=2"], "expected sizes such as tensor=4"),
         (["--topology", "v5p", "--sample", "--steps", "0"], "--steps is 0; expected at least 1"),
     ],
@@ -260,7 +260,7 @@ def test_a_step_and_a_request_for_a_tpu(tmp_path, monkeypatch, capsys):
     assert plan.main([*words, "--size", "256x256", "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["from_cache"]
 
-    words = ["--sample", "--preset", "tiny", "--topology", "v5e:2x2", "--size", "256x256"]
+    words = ["--sample", "tiny", "--topology", "v5e:2x2", "--size", "256x256"]
     assert plan.main([*words, "--mesh", "context=2", "--stages", "prepare", "run"]) == 0
     shown = capsys.readouterr().out
     assert "640 tokens, 28 steps" in shown and "all-to-all" in shown

@@ -31,7 +31,13 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--config.KEY", metavar="VALUE", dest="_", help="changes a setting; may be repeated"
     )
-    what.add_argument("--sample", action="store_true", help="sampling instead of training")
+    what.add_argument(
+        "--sample",
+        nargs="?",
+        const="kontext-dev",
+        metavar="PRESET",
+        help="sampling instead of training; default kontext-dev",
+    )
     what.add_argument(
         "--topology",
         required=True,
@@ -43,7 +49,6 @@ def make_parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--references", type=int, metavar="N", help="default: 1 where it takes any")
     sample = parser.add_argument_group("with --sample")
-    sample.add_argument("--preset", metavar="NAME", help="default kontext-dev")
     sample.add_argument("--steps", type=int, metavar="N", help="default 28")
     sample.add_argument("--batch", type=int, metavar="N", help="pictures at a time, default 1")
     sample.add_argument("--mesh", metavar="AXIS=N,…", help="as for sample.py; default one device")
@@ -69,7 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def check_flags(args: argparse.Namespace, settings: list[tuple[str, str]]) -> None:
     """Raises ValueError for flags that do not go together."""
-    if args.sample == bool(args.config):
+    if bool(args.sample) == bool(args.config):
         raise ValueError("give either --config FILE.py, to train, or --sample")
     if args.sample:
         for name in ("sweep", "meshes", "batches", "remats", "check_dtypes"):
@@ -78,7 +83,7 @@ def check_flags(args: argparse.Namespace, settings: list[tuple[str, str]]) -> No
         if settings:
             raise ValueError(f"{SETTING}{settings[0][0]} goes with --config, not --sample")
         return
-    for name in ("preset", "steps", "batch", "mesh", "stages"):
+    for name in ("steps", "batch", "mesh", "stages"):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name} goes with --sample; a config has settings, {SETTING}KEY=…")
     for name in ("meshes", "batches", "remats"):

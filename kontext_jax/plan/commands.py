@@ -170,7 +170,7 @@ def plan_sweep(args: argparse.Namespace, settings: list[tuple[str, str]]) -> int
 
 
 def _request(args: argparse.Namespace) -> sampling.Request:
-    preset = args.preset or "kontext-dev"
+    preset = args.sample
     if preset not in PRESETS:
         raise ValueError(
             f"there is no preset {preset!r}{did_you_mean(preset, tuple(PRESETS))}; there are "
