@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kontext_jax import sharding
+from kontext_jax import sharding, stages
 from kontext_jax.checkpoint import Listed, untrained_bundle
 from kontext_jax.models import lora
 from kontext_jax.models.mmdit import (
@@ -103,3 +103,23 @@ def test_an_unknown_form_is_refused(setting):
     model, params, cond, x = setting
     with pytest.raises(ValueError, match="unknown form of a stack 'tree'; choose scan or list"):
         velocity(model.clone(block_form="tree"), params, cond, x)
+
+
+@pytest.mark.slow
+def test_the_stages_denoise_alike_in_both_forms(monkeypatch):
+    noise = jax.random.normal(jax.random.key(2), (1, 4, 4, 16))
+    bundle = untrained_bundle("tiny")
+    config = bundle.preset.mmdit
+    txt, vec = jnp.ones((1, 8, config.context_in_dim)), jnp.ones((1, config.vec_in_dim))
+
+    def latents(form):
+        monkeypatch.setattr(stages, "block_form_for", lambda platform: form)
+        sampler = stages.Stages(bundle)
+        found = sampler.denoise(
+            noise, txt, vec, num_steps=2, guidance=np.ones(1, np.float32), references=[noise]
+        )
+        return found, sampler._params["mmdit"]
+
+    (want, scanned), (got, listed) = latents("scan"), latents("list")
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    assert "0" in listed["single_blocks"] and "0" not in scanned["single_blocks"]
