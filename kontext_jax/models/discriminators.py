@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from kontext_jax.models.convolution import convolve
+from kontext_jax.models.layers import add_bias
 from kontext_jax.types import Image, typed
 
 Norm = Literal["group", "batch", "none"]
@@ -87,16 +89,24 @@ class PatchDiscriminator(nn.Module):
     def _conv(self, x: jax.Array, index: int, features: int, stride: int) -> jax.Array:
         # A norm has a bias of its own.
         has_norm = 0 < index <= self.config.num_layers and self.config.norm != "none"
-        return nn.Conv(
-            features,
-            (4, 4),
-            strides=stride,
-            padding=1,
-            use_bias=not has_norm,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.normal(0.02),
-            name=f"conv_{index}",
-        )(x)
+        return PatchConv(features, stride, not has_norm, name=f"conv_{index}")(x)
+
+
+class PatchConv(nn.Module):
+    """4×4 convolution of a picture with a border of one cell."""
+
+    features: int
+    stride: int
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (4, 4, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.normal(0.02), shape)
+        y = convolve(x, kernel, self.stride, ((1, 1), (1, 1)))
+        if not self.use_bias:
+            return y
+        return add_bias(y, self.param("bias", nn.initializers.zeros, (self.features,)))
 
 
 def _activate(x: jax.Array) -> jax.Array:

@@ -25,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from kontext_jax.models.convolution import convolve
+from kontext_jax.models.layers import Dense, add_bias
 from kontext_jax.models.presets import VAEConfig
 from kontext_jax.ops.attention import attention
 from kontext_jax.types import Array, Float, Image, Latents, typed
@@ -101,9 +103,8 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Array, inside: Array | None = None) -> Array:
         kernel, bias = _conv_params(self, self.kernel_size, x.shape[-1], self.features)
-        return _convolve(x, kernel, self.stride, self.padding, inside, self.dtype) + bias.astype(
-            self.dtype
-        )
+        y = _convolve(x, kernel, self.stride, self.padding, inside, self.dtype)
+        return add_bias(y, bias)
 
 
 class DoublingConv(nn.Module):
@@ -139,7 +140,7 @@ class DoublingConv(nn.Module):
             for p in (0, 1)
         ]
         y = jnp.stack(rows, axis=2)  # [B, h, 2, w, 2, C]
-        return y.reshape(batch, 2 * height - 2, 2 * width - 2, -1) + bias.astype(self.dtype)
+        return add_bias(y.reshape(batch, 2 * height - 2, 2 * width - 2, -1), bias)
 
 
 TAPS = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
@@ -155,13 +156,7 @@ def _conv_params(module, kernel_size, in_channels, features) -> tuple[Array, Arr
 def _convolve(x, kernel, stride, padding, inside, dtype) -> Array:
     if inside is not None:
         x, padding = jnp.where(inside[..., None], x, 0), (0, 0)
-    return jax.lax.conv_general_dilated(
-        x.astype(dtype),
-        kernel.astype(dtype),
-        window_strides=(stride, stride),
-        padding=(padding, padding),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
+    return convolve(x.astype(dtype), kernel, stride, (padding, padding))
 
 
 class ResnetBlock(nn.Module):
@@ -205,10 +200,13 @@ class AttentionBlock(nn.Module):
 
     def setup(self):
         self.norm = GroupNorm(self.groups, self.dtype, swish=False)
-        self.q = nn.Dense(self.channels, dtype=self.dtype)
-        self.k = nn.Dense(self.channels, dtype=self.dtype)
-        self.v = nn.Dense(self.channels, dtype=self.dtype)
-        self.proj_out = nn.Dense(self.channels, dtype=self.dtype)
+        self.q = self._dense()
+        self.k = self._dense()
+        self.v = self._dense()
+        self.proj_out = self._dense()
+
+    def _dense(self) -> Dense:
+        return Dense((self.channels,), dtype=self.dtype, kernel_init=nn.initializers.lecun_normal())
 
     def __call__(self, x: Array) -> Array:
         q, k, v = self.qkv(x)
