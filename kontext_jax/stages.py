@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from kontext_jax import compiler_options, conditioning, flow, latents
 from kontext_jax.checkpoint import Listed, ModelBundle
+from kontext_jax.chips import chip_of
 from kontext_jax.compiling import Executables, Timings
 from kontext_jax.executable_files import ExecutableFiles
 from kontext_jax.models.clip import CLIPText
@@ -82,13 +83,16 @@ class Stages:
         self._placement = Placement(mesh)
         self._block_form = block_form_for(jax.default_backend())
         self._tell = tell
+        chip = chip_of(jax.devices()[0].device_kind)
         files = None
         if programs_dir is not None and mesh is None:
             files = ExecutableFiles(programs_dir, (ModulationVectors,), tell)
         self._executables = Executables(
             self.timings,
             files=files,
-            compiler_options=compiler_options.options(jax.default_backend(), "sample"),
+            compiler_options=compiler_options.options(
+                jax.default_backend(), "sample", chip and chip.name
+            ),
         )
         self._params: dict[str, Params] = {}
         self._tokenizers: Tokenizers | None = None

@@ -24,6 +24,15 @@ def test_cuda_is_the_gpu_and_the_cpu_needs_nothing():
         assert options("cpu", purpose) == {}
 
 
+def test_a_chip_replaces_options_and_an_unknown_one_does_not():
+    common = options("tpu", "sample")
+    of_v6e = options("tpu", "sample", "v6e")
+    assert of_v6e.keys() == common.keys()
+    assert of_v6e != common
+    assert options("tpu", "train", "v6e") == options("tpu", "train")
+    assert options("tpu", "sample", None) == options("tpu", "sample", "v5p") == common
+
+
 def test_options_reach_the_compiler():
     x = jnp.ones(4)
     programs = Executables(Timings(), compiler_options={"xla_no_such_option": True})

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from kontext_jax.sharding import constrain
 
@@ -156,6 +157,8 @@ class Dense(nn.Module):
         init = self.kernel_init or linear_init(self.num_in_axes)
         kernel = self.param("kernel", init, shape)
         x = x.astype(self.dtype)
+        if len(self.features) > 1:
+            kernel = _as_stored(kernel)
         y = matmul(x, kernel, self.num_in_axes)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, tuple(self.features))
@@ -163,6 +166,22 @@ class Dense(nn.Module):
         if self.has_variable("lora", "a"):
             y = y + low_rank_path(self, x, self.num_in_axes)
         return y
+
+
+def _as_stored(kernel: jax.Array) -> jax.Array:
+    """A kernel to heads, which on one TPU is not to be transposed in memory before its product.
+
+    Left to choose, the compiler copies some of a stack's kernels twice for every layer. On a mesh
+    it lays them out as they are gathered, and would gather heads that are split to pin them.
+    """
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return kernel
+    layout = Layout(tuple(range(kernel.ndim)))
+    return lax.platform_dependent(
+        kernel,
+        tpu=lambda kernel: with_layout_constraint(kernel, layout),
+        default=lambda kernel: kernel,
+    )
 
 
 def low_rank_path(module: nn.Module, x: jax.Array, num_axes: int = 1) -> jax.Array:

@@ -142,7 +142,7 @@ def compile_program(
     Args:
       question: what the program was made from, in JSON's types, to find it without tracing it.
     """
-    options = compiler_options.options(target.chip.platform, program.purpose)
+    options = compiler_options.options(target.chip.platform, program.purpose, target.chip.name)
     asked = question and _key(question, target.name, options, versions())
     if asked and (key := cache.asked(asked)) and (found := cache.read(key)):
         return found
