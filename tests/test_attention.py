@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kontext_jax.ops import attention as attention_module
-from kontext_jax.ops.attention import attention, backend_for, splash_blocks
+from kontext_jax.ops import attention_splash
+from kontext_jax.ops.attention import attention, backend_for
 
 
 @pytest.fixture(autouse=True)
@@ -176,17 +176,116 @@ def test_auto_on_tpu_falls_to_chunked_for_heads_the_kernel_does_not_take():
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "blocks"),
+    ("num_tokens", "padded", "block_kv", "backward"),
     [
-        (8704, (8704, 512, 2176)),  # 512 text, 4096 target, 4096 reference
-        (4608, (4608, 512, 1536)),  # 512 text, 4096 target
-        (8744, (9216, 512, 1536)),  # 512 text, twice 4116
-        (40, (128, 128, 128)),
-        (513, (1024, 512, 1024)),
+        (8704, 8704, 2176, (8704, 512)),  # 512 text, 4096 target, 4096 reference
+        (4608, 4608, 1536, (4608, 1536)),  # 512 text, 4096 target
+        (8744, 9216, 1536, (4608, 1536)),  # 512 text, twice 4116
+        (40, 128, 128, (128, 128)),
+        (513, 1024, 1024, (1024, 1024)),
     ],
 )
-def test_splash_blocks_divide_the_padded_sequence(num_tokens, blocks):
-    assert splash_blocks(num_tokens) == blocks
-    padded, block_q, block_kv = blocks
-    assert padded % block_q == padded % block_kv == 0
-    assert block_kv % attention_module.SPLASH_LANES == 0
+def test_splash_blocks_divide_the_padded_sequence(num_tokens, padded, block_kv, backward):
+    largest = attention_splash.largest_block
+    assert attention_splash.padded_length(num_tokens) == padded
+    assert largest(padded, attention_splash.MAX_BLOCK_KV) == block_kv
+    block = largest(padded, attention_splash.MAX_BLOCK_KV_BACKWARD)
+    part = largest(block, attention_splash.MAX_PART_KV_BACKWARD)
+    assert (block, part) == backward
+    assert padded % block == block % part == part % attention_splash.LANES == 0
+
+
+def test_splash_pads_any_length_by_less_than_a_block():
+    for num_tokens in range(1, 20_000):
+        padded = attention_splash.padded_length(num_tokens)
+        assert 0 <= padded - num_tokens < attention_splash.BLOCK_Q
+        assert padded % min(padded, attention_splash.BLOCK_Q) == 0
+
+
+def segments_of(batch, num_tokens, seed=3):
+    """Ids in no order, every one of which occurs."""
+    ids = np.random.default_rng(seed).permutation(np.arange(batch * num_tokens) % 3)
+    return jnp.asarray(ids.reshape(batch, num_tokens), jnp.int32)
+
+
+def test_segments_equal_attention_within_each():
+    q, k, v = random_qkv(batch=1)
+    ids = segments_of(1, 50)
+    for backend in ("reference", "chunked", "auto"):
+        out = attention(q, k, v, backend=backend, segment_ids=(ids, ids))
+        for segment in range(3):
+            chosen = np.asarray(ids[0] == segment)
+            alone = plain(*(x[:, :, chosen] for x in (q, k, v)), 0.25)
+            np.testing.assert_allclose(out[:, :, chosen], alone, atol=2e-6)
+
+
+def result_and_gradients(backend, qkv, ids, weights):
+    def loss(*qkv):
+        out = attention(*qkv, backend=backend, segment_ids=ids).astype(jnp.float32)
+        return jnp.sum(weights * out), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*qkv)
+    return [np.asarray(x, np.float32) for x in (out, *gradients)]
+
+
+# Two blocks of queries and padding; for the kernels, padding of a block in which segments go on.
+@pytest.mark.parametrize(
+    ("backend", "head_dim", "num_tokens"),
+    [("chunked", 16, 390), ("splash", 128, 150), ("pallas_gpu", 16, 100)],
+)
+def test_segments_have_the_results_and_gradients_of_the_reference(backend, head_dim, num_tokens):
+    qkv = random_qkv(batch=2, heads=1, num_tokens=num_tokens, head_dim=head_dim)
+    weights = jax.random.normal(jax.random.key(9), qkv[0].shape)
+    ids = segments_of(2, num_tokens)
+    got, want = (
+        result_and_gradients(name, qkv, (ids, ids), weights) for name in (backend, "reference")
+    )
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+@pytest.mark.parametrize(("backend", "head_dim"), [("chunked", 16), ("splash", 128)])
+def test_queries_and_keys_have_segments_of_their_own(backend, head_dim):
+    q, k, v = random_qkv(head_dim=head_dim)
+    ids = segments_of(2, 40), segments_of(2, 50, seed=4)
+    got, want = (
+        attention(q[:, :, :40], k, v, backend=name, segment_ids=ids)
+        for name in (backend, "reference")
+    )
+    np.testing.assert_allclose(got, want, atol=5e-6)
+
+
+def test_segments_are_refused_where_they_cannot_be_kept():
+    q, k, v = random_qkv(dtype=jnp.bfloat16)
+    ids = segments_of(2, 50)
+    with pytest.raises(NotImplementedError, match="cudnn attention takes no segment_ids"):
+        attention(q, k, v, backend="cudnn", segment_ids=(ids, ids))
+    with pytest.raises(NotImplementedError, match="the same segment_ids for queries and keys"):
+        attention(q, k, v, backend="pallas_gpu", segment_ids=(ids, ids + 0))
+    with pytest.raises(ValueError, match=r"segment_ids are \[B, S\].*\(2, 50\), \(50,\)"):
+        attention(q, k, v, segment_ids=(ids, ids[0]))
+
+
+@pytest.mark.parametrize(("backend", "head_dim"), [("chunked", 16), ("splash", 128)])
+def test_bfloat16_stays_within_its_rounding_of_the_float32_reference(backend, head_dim):
+    qkv = random_qkv(batch=1, heads=2, num_tokens=200, head_dim=head_dim, dtype=jnp.bfloat16)
+    weights = jax.random.normal(jax.random.key(9), qkv[0].shape, jnp.bfloat16).astype(jnp.float32)
+    exact = [x.astype(jnp.float32) for x in qkv]
+    got = result_and_gradients(backend, qkv, None, weights)
+    want = result_and_gradients("reference", exact, None, weights)
+    for ours, theirs in zip(got, want, strict=True):
+        assert np.abs(ours - theirs).max() < 2**-7 * np.abs(theirs).max()
+
+
+def test_memory_of_the_cpu_path_grows_with_the_tokens_not_with_their_square():
+    def temporaries(num_tokens, backward):
+        shape = jax.ShapeDtypeStruct((1, 2, num_tokens, 64), jnp.float32)
+        run = lambda *qkv: attention(*qkv, backend="chunked").sum()  # noqa: E731
+        function = jax.grad(run, argnums=(0, 1, 2)) if backward else run
+        compiled = jax.jit(function).lower(shape, shape, shape).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    for backward in (False, True):
+        small, large = (temporaries(n, backward) for n in (1536, 3072))
+        assert 1 < large / small < 2.3
+        assert large < 2 * 3072**2  # half of one head's scores

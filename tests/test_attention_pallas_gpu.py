@@ -94,7 +94,9 @@ def test_auto_takes_it_on_cuda_where_cudnn_cannot(monkeypatch, head_dim, dtype, 
     monkeypatch.setattr(door, "_cuda_is_installed", lambda: True)
     monkeypatch.setattr(door, "_cudnn_is_installed", lambda *qkv: cudnn)
     for name in ("cudnn", "pallas_gpu"):
-        monkeypatch.setattr(door, f"_{name}", lambda q, k, v, scale, n=name: chosen.append(n) or q)
+        monkeypatch.setattr(
+            door, f"_{name}", lambda q, k, v, ids, scale, n=name: chosen.append(n) or q
+        )
     q = jax.ShapeDtypeStruct((1, 1, 128, head_dim), dtype)
     jax.eval_shape(lambda *qkv: attention(*qkv), q, q, q)
     assert chosen[:1] == ([] if backend == "chunked" else [backend])

@@ -1,17 +1,23 @@
 """The one door to attention: softmax(q·kᵀ·scale + bias)·v for head-major arrays [B, H, S, Dh].
 
-    backend     runs on   memory   bias, mask   dtypes        notes
-    reference   anywhere  O(S²)    yes          any           float32 throughout
-    chunked     anywhere  O(S)     no           any           queries in blocks; exact softmax
-    cudnn       CUDA      O(S)     no           bf16, fp16    Dh a multiple of 8, at most 128
-    pallas_gpu  CUDA      O(S)     no           bf16, fp16,   Dh at most 256; pads S; interpreted on
-                                                float32       CPU; no more queries than keys
-    splash      TPU       O(S)     no           any           pads S; interpreted on CPU
-    auto        anywhere                                      see `attention`
+    backend     runs on   memory   bias, mask   segments   dtypes       heads
+    reference   anywhere  O(S²)    yes          yes        any          any; float32 throughout
+    chunked     anywhere  O(S)     no           yes        any          any; queries in blocks
+    cudnn       CUDA      O(S)     no           no         bf16, fp16   Dh a multiple of 8, to 128
+    pallas_gpu  CUDA      O(S)     no           shared     bf16, fp16,  Dh at most 256; no more
+                                                           float32      queries than keys
+    splash      TPU       O(S)     no           yes        any          Dh a multiple of 128
+    auto        anywhere                                                see `attention`
+
+pallas_gpu and splash pad S, and are interpreted on CPU; "shared": queries and keys are the same
+tokens. A new backend is a line in `_BACKENDS`, one in `_limit` and its place in `_by_platform`.
 
 On a mesh (`kontext_jax.sharding`) all but reference run inside `jax.shard_map` on each device's
 own examples and heads with whole tokens, or where `tensor` × `context` does not divide the heads,
 on its own queries with all keys. No backend communicates.
+
+In float32 outputs and gradients are within 2e-5 of the reference. With bfloat16 inputs they are
+within 2⁻⁷ of the largest one from what float32 makes of the same inputs.
 
 JAX's own `dot_product_attention` holds all S² scores unless told otherwise, on GPU as well.
 """
@@ -19,30 +25,27 @@ JAX's own `dot_product_attention` holds all S² scores unless told otherwise, on
 import functools
 import importlib.util
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from kontext_jax import sharding
-from kontext_jax.ops import attention_pallas_gpu
+from kontext_jax.ops import attention_pallas_gpu, attention_splash
 
 Backend = Literal["auto", "reference", "chunked", "cudnn", "pallas_gpu", "splash"]
 
 BACKENDS = ("auto", "reference", "chunked", "cudnn", "pallas_gpu", "splash")
 QUERY_BLOCK = 384  # score rows held at a time by `chunked`
-SPLASH_LANES = 128  # the TPU kernel's tiles are this wide
-SPLASH_BLOCK_Q = 512
-SPLASH_MAX_BLOCK_KV = 2176  # 8704 = 4·2176: 512 text and twice 4096 image tokens need no padding
-# The backward kernel writes a whole dq for each block of keys, to be summed afterwards: one block
-# for all keys where 32 MiB of VMEM hold them, whose products are taken in parts.
-SPLASH_MAX_BLOCK_KV_BACKWARD = 8704
-SPLASH_MAX_PART_KV_BACKWARD = 1536
 # For policies of `jax.checkpoint`, see `keeps_attention`: splash's output and log-sum-exp, the
 # output of chunked and reference.
 SAVED_NAME = "attention"
+
+SegmentIds = tuple[jax.Array, jax.Array]
 
 
 def attention(
@@ -53,6 +56,7 @@ def attention(
     backend: Backend = "auto",
     bias: jax.Array | None = None,
     mask: jax.Array | None = None,
+    segment_ids: SegmentIds | None = None,
     scale: float | None = None,
 ) -> jax.Array:
     """Attention of q over k and v: [B, H, S, Dh] → [B, H, S, Dh] in q's dtype.
@@ -60,18 +64,22 @@ def attention(
     "auto" is decided by the platform the program is *compiled* for, which need not be the one it
     is traced on: splash on TPU (chunked if Dh is not a multiple of 128), cudnn on CUDA (pallas_gpu
     where it is not installed or does not take Dh, chunked for float32 and for Dh that neither
-    takes), chunked elsewhere; and reference wherever a bias or a mask is given. Programs that
-    differentiate should name a backend (`backend_for`): every platform's choice is differentiated
-    before the unused ones are dropped.
+    takes, and for segments), chunked elsewhere; and reference wherever a bias or a mask is given.
+    Programs that differentiate should name a backend (`backend_for`): every platform's choice is
+    differentiated before the unused ones are dropped.
 
     Args:
       bias: added to the scaled scores, broadcastable to [B, H, S, S].
       mask: True where a query may attend, broadcastable to [B, H, S, S].
+      segment_ids: int32 [B, S] of the queries and of the keys, not negative: tokens attend to those
+        of their own id, of which every query needs one. Pass one array twice where queries and keys
+        are the same tokens.
       scale: of the scores; None for 1/sqrt(Dh).
 
     Raises:
       NotImplementedError: if the named backend cannot do what is asked.
-      ValueError: for an unknown backend, or arrays that are not [B, H, S, Dh].
+      ValueError: for an unknown backend, arrays that are not [B, H, S, Dh], or segment ids that
+        are not [B, S].
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}; choose one of {BACKENDS}")
@@ -81,19 +89,25 @@ def attention(
         raise ValueError(
             f"attention takes [B, H, S, Dh] arrays, found q {q.shape}, k {k.shape}, v {v.shape}"
         )
+    if segment_ids is not None:
+        found = tuple(ids.shape for ids in segment_ids)
+        if found != ((q.shape[0], q.shape[2]), (k.shape[0], k.shape[2])):
+            raise ValueError(
+                f"segment_ids are [B, S] of queries and keys; found {found} for q {q.shape} and "
+                f"k {k.shape}"
+            )
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
     if backend == "reference" or (backend == "auto" and (bias is not None or mask is not None)):
-        return _reference(q, k, v, bias, mask, scale)
+        return _reference(q, k, v, bias, mask, segment_ids, scale)
     if bias is not None or mask is not None:
         given = "bias" if bias is not None else "mask"
         raise NotImplementedError(f"{backend} attention takes no {given}; use backend='reference'")
     if backend == "auto":
-        return _by_platform(q, k, v, scale)
-    limits = {"cudnn": _cudnn_limit, "pallas_gpu": attention_pallas_gpu.limit}
-    if backend in limits and (limit := limits[backend](q.shape[-1], q.dtype)):
+        return _by_platform(q, k, v, segment_ids, scale)
+    if limit := _limit(backend, q.shape, k.shape, q.dtype, segment_ids):
         raise NotImplementedError(f"{backend} attention {limit}; use 'auto' or 'chunked'")
-    return _BACKENDS[backend](q, k, v, scale)
+    return _BACKENDS[backend](q, k, v, segment_ids, scale)
 
 
 def backend_for(platform: str, head_dim: int, dtype: Any) -> Backend:
@@ -101,7 +115,7 @@ def backend_for(platform: str, head_dim: int, dtype: Any) -> Backend:
 
     For programs that differentiate, and know what they are compiled for.
     """
-    if platform == "tpu" and head_dim % SPLASH_LANES == 0:
+    if platform == "tpu" and not attention_splash.limit(head_dim):
         return "splash"
     if platform in ("gpu", "cuda") and not _cudnn_limit(head_dim, dtype):
         return "cudnn"
@@ -123,42 +137,75 @@ def keeps_attention(primitive: Any, *_: Any, **params: Any) -> bool:
     return primitive.name == "dot_product_attention_fwd_wrapper"  # cuDNN's output and statistics
 
 
-def _on_each_device(function, q, k, v):
+def _limit(
+    backend: Backend,
+    q_shape: Sequence[int],
+    k_shape: Sequence[int],
+    dtype: Any,
+    segment_ids: SegmentIds | None,
+) -> str | None:
+    """What stops a backend from taking such arrays, or None."""
+    head_dim, has_segments = q_shape[-1], segment_ids is not None
+    if backend == "cudnn":
+        return "takes no segment_ids" if has_segments else _cudnn_limit(head_dim, dtype)
+    if backend == "pallas_gpu":
+        if has_segments and segment_ids[0] is not segment_ids[1]:
+            return "takes the same segment_ids for queries and keys, found two arrays"
+        if q_shape[2] > k_shape[2]:
+            return f"takes no more queries than keys, found {q_shape[2]} and {k_shape[2]}"
+        return attention_pallas_gpu.limit(head_dim, dtype)
+    if backend == "splash":
+        return attention_splash.limit(head_dim)
+    return None
+
+
+def _on_each_device(function, q, k, v, segment_ids):
     """Runs `function` where the examples and heads lie, if a mesh is active."""
     specs = sharding.attention_specs(q.shape, k.shape)
     if specs is None:
-        return function(q, k, v)
+        return function(q, k, v, segment_ids)
     queries, keys = specs
+    ids = None if segment_ids is None else tuple(PartitionSpec(s[0], s[2]) for s in specs)
     mapped = jax.shard_map(
-        function, in_specs=(queries, keys, keys), out_specs=queries, check_vma=False
+        function, in_specs=(queries, keys, keys, ids), out_specs=queries, check_vma=False
     )
-    return mapped(q, k, v)
+    return mapped(q, k, v, segment_ids)
 
 
-def _by_platform(q, k, v, scale):
+def _by_platform(q, k, v, segment_ids, scale):
+    def can(backend):
+        return not _limit(backend, q.shape, k.shape, q.dtype, segment_ids)
+
     choices = {}
-    if q.shape[-1] % SPLASH_LANES == 0:
-        choices["tpu"] = functools.partial(_splash, scale=scale)
-    if not _cudnn_limit(q.shape[-1], q.dtype) and _cudnn_is_installed(q, k, v):
-        choices["cuda"] = functools.partial(_cudnn, scale=scale)
+    if can("splash"):
+        choices["tpu"] = _splash
+    if can("cudnn") and _cudnn_is_installed(q, k, v):
+        choices["cuda"] = _cudnn
     elif (
-        _cuda_is_installed()
+        can("pallas_gpu")
         and _pallas_gpu_is_preferred(q.shape[-1], q.dtype)
-        and q.shape[2] <= k.shape[2]
+        and _cuda_is_installed()
     ):
-        choices["cuda"] = functools.partial(_pallas_gpu, scale=scale)
-    return lax.platform_dependent(
-        q, k, v, **choices, default=functools.partial(_chunked, scale=scale)
-    )
+        choices["cuda"] = _pallas_gpu
+
+    def bound(backend):
+        # The ids are not among the arguments: as such they would be two arrays where they were one.
+        return lambda q, k, v: backend(q, k, v, segment_ids, scale)
+
+    choices = {platform: bound(backend) for platform, backend in choices.items()}
+    return lax.platform_dependent(q, k, v, **choices, default=bound(_chunked))
 
 
-def _reference(q, k, v, bias, mask, scale):
+def _reference(q, k, v, bias, mask, segment_ids, scale):
     scores = jnp.einsum(
         "bhqd,bhkd->bhqk", q.astype(jnp.float32), k.astype(jnp.float32), optimize=True
     )
     scores = scores * scale
     if bias is not None:
         scores = scores + bias.astype(jnp.float32)
+    if segment_ids is not None:
+        q_ids, kv_ids = segment_ids
+        scores = _within_segments(scores, q_ids[:, None], kv_ids[:, None])
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1)
@@ -166,36 +213,56 @@ def _reference(q, k, v, bias, mask, scale):
     return checkpoint_name(out, SAVED_NAME)
 
 
-def _chunked(q, k, v, scale):
+def _within_segments(scores, q_ids, kv_ids):
+    """Scores [..., q, k], and the lowest number where ids [..., q] and [..., k] differ."""
+    same = q_ids[..., :, None] == kv_ids[..., None, :]
+    return jnp.where(same, scores, jnp.finfo(scores.dtype).min)
+
+
+def _chunked(q, k, v, segment_ids, scale):
     """Whole score rows of a block of queries at a time; the backward pass recomputes them.
 
     On the CPU also one head at a time: its products are faster alone than as a batch, and the
     scores of one head stay in cache.
     """
 
-    def by_head(q, k, v):
-        heads = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
-        return lax.map(lambda head: _in_query_blocks(*head, scale), tuple(heads)).reshape(q.shape)
+    def by_head(q, k, v, ids):
+        num_heads = q.shape[1]
+        arrays = q, k, v, jax.tree.map(lambda x: jnp.repeat(x[:, None], num_heads, axis=1), ids)
+        heads = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), arrays)
+        return lax.map(lambda head: _in_query_blocks(*head, scale), heads).reshape(q.shape)
 
-    def run(q, k, v):
-        return lax.platform_dependent(
-            q, k, v, cpu=by_head, default=functools.partial(_in_query_blocks, scale=scale)
-        )
+    def by_batch(q, k, v, ids):
+        return _in_query_blocks(q, k, v, jax.tree.map(lambda x: x[:, None], ids), scale)
 
-    return checkpoint_name(_on_each_device(run, q, k, v), SAVED_NAME)
+    def run(q, k, v, ids):
+        return lax.platform_dependent(q, k, v, ids, cpu=by_head, default=by_batch)
+
+    return checkpoint_name(_on_each_device(run, q, k, v, segment_ids), SAVED_NAME)
 
 
-def _in_query_blocks(q, k, v, scale):
-    """[..., S, Dh] → [..., S, Dh], holding [..., block, S] scores."""
-    *batch, num_queries, head_dim = q.shape
+def _in_query_blocks(q, k, v, segment_ids, scale):
+    """[..., S, Dh] → [..., S, Dh], holding [..., block, S] scores; ids are [..., S]."""
+    num_queries = q.shape[-2]
     num_blocks = -(-num_queries // QUERY_BLOCK)
     block = -(-num_queries // num_blocks)
-    padding = [(0, 0)] * len(batch) + [(0, num_blocks * block - num_queries), (0, 0)]
-    blocks = jnp.pad(q, padding).reshape(*batch, num_blocks, block, head_dim)
+
+    def blocks(x, axis):
+        """[…, S, …] → [num_blocks, …, block, …]."""
+        axis %= x.ndim
+        padding = [(0, num_blocks * block - num_queries if i == axis else 0) for i in range(x.ndim)]
+        x = jnp.pad(x, padding)
+        x = x.reshape(*x.shape[:axis], num_blocks, block, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    q_ids, kv_ids = (None, None) if segment_ids is None else segment_ids
 
     @jax.checkpoint
-    def attend(rows):
+    def attend(given):
+        rows, row_ids = given
         scores = jnp.einsum("...qd,...kd->...qk", rows, k, preferred_element_type=jnp.float32)
+        if row_ids is not None:
+            scores = _within_segments(scores, row_ids, kv_ids)
         peak = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
         weights = jnp.exp((scores - peak) * scale)
         total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -204,9 +271,9 @@ def _in_query_blocks(q, k, v, scale):
         )
         return (out / total).astype(q.dtype)
 
-    out = lax.map(attend, jnp.moveaxis(blocks, -3, 0))  # [num_blocks, ..., block, Dh]
-    out = jnp.moveaxis(out, 0, -3).reshape(*batch, num_blocks * block, head_dim)
-    return out[..., :num_queries, :]
+    out = lax.map(attend, (blocks(q, -2), None if q_ids is None else blocks(q_ids, -1)))
+    out = jnp.moveaxis(out, 0, -3)  # [..., num_blocks, block, Dh]
+    return out.reshape(*out.shape[:-3], -1, out.shape[-1])[..., :num_queries, :]
 
 
 def _cudnn_limit(head_dim: int, dtype: Any) -> str | None:
@@ -218,13 +285,13 @@ def _cudnn_limit(head_dim: int, dtype: Any) -> str | None:
     return None
 
 
-def _cudnn(q, k, v, scale):
-    def run(q, k, v):
+def _cudnn(q, k, v, segment_ids, scale):
+    def run(q, k, v, _):
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # [B, S, H, Dh]
         out = jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
         return jnp.swapaxes(out, 1, 2)
 
-    return _on_each_device(run, q, k, v)
+    return _on_each_device(run, q, k, v, segment_ids)
 
 
 def _cuda_is_installed() -> bool:
@@ -235,7 +302,7 @@ def _cuda_is_installed() -> bool:
 def _cudnn_is_installed(q, k, v) -> bool:
     """Tracing cuDNN raises without it, or without JAX's plug-in for CUDA."""
     try:
-        jax.eval_shape(functools.partial(_cudnn, scale=1.0), q, k, v)
+        jax.eval_shape(functools.partial(_cudnn, segment_ids=None, scale=1.0), q, k, v)
     except RuntimeError:
         return False
     return True
@@ -246,70 +313,16 @@ def _pallas_gpu_is_preferred(head_dim: int, dtype: Any) -> bool:
     return dtype != jnp.float32 and not attention_pallas_gpu.limit(head_dim, dtype)
 
 
-def _pallas_gpu(q, k, v, scale):
-    return _on_each_device(functools.partial(attention_pallas_gpu.mha, scale=scale), q, k, v)
+def _pallas_gpu(q, k, v, segment_ids, scale):
+    def run(q, k, v, ids):
+        return attention_pallas_gpu.mha(q, k, v, None if ids is None else ids[1], scale)
+
+    return _on_each_device(run, q, k, v, segment_ids)
 
 
-def splash_blocks(num_tokens: int) -> tuple[int, int, int]:
-    """(padded length, query block, key block) for the TPU kernel, whose blocks must divide S.
-
-    Few padded tokens first, then the largest key block up to 2176.
-    """
-    step = SPLASH_BLOCK_Q if num_tokens > SPLASH_BLOCK_Q else SPLASH_LANES
-    padded = -(-num_tokens // step) * step
-    block_kv = _largest_block(padded, SPLASH_MAX_BLOCK_KV)
-    return padded, min(SPLASH_BLOCK_Q, padded), block_kv
-
-
-def _largest_block(num_tokens: int, limit: int) -> int:
-    """The largest part of `num_tokens` that the kernel's tiles take, up to `limit`."""
-    sizes = range(SPLASH_LANES, min(num_tokens, limit) + 1, SPLASH_LANES)
-    return max(size for size in sizes if num_tokens % size == 0)
-
-
-def _splash(q, k, v, scale):
-    """JAX's TPU kernel."""
-    # Importing Pallas takes seconds; only programs that may run on a TPU pay for it.
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
-
-    def on_device(q, k, v):
-        num_queries, num_keys = q.shape[2], k.shape[2]
-        padded_q, block_q, _ = splash_blocks(num_queries)
-        padded_kv, _, block_kv = splash_blocks(num_keys)
-        block_kv_dkv = _largest_block(padded_kv, SPLASH_MAX_BLOCK_KV_BACKWARD)
-        blocks = splash.BlockSizes(
-            block_q=block_q,
-            block_kv=block_kv,
-            block_q_dkv=block_q,
-            block_kv_dkv=block_kv_dkv,
-            block_kv_dkv_compute=_largest_block(block_kv_dkv, SPLASH_MAX_PART_KV_BACKWARD),
-            use_fused_bwd_kernel=True,
-        )
-        segments = None
-        if padded_kv != num_keys:
-            is_padding = (jnp.arange(padded_kv) >= num_keys).astype(jnp.int32)
-            segments = splash.SegmentIds(q=jnp.zeros(padded_q, jnp.int32), kv=is_padding)
-
-        def run(interpret, q, k, v):
-            mask = splash.MultiHeadMask([splash.FullMask((padded_q, padded_kv))] * q.shape[1])
-            kernel = splash.make_splash_mha_single_device(
-                mask, block_sizes=blocks, residual_checkpoint_name=SAVED_NAME, interpret=interpret
-            )
-            return jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=segments))(q, k, v)
-
-        def pad(x, num_tokens):
-            return jnp.pad(x, ((0, 0), (0, 0), (0, num_tokens - x.shape[2]), (0, 0)))
-
-        if scale != 1:  # the kernel does not scale
-            q = (q.astype(jnp.float32) * scale).astype(q.dtype)
-        out = lax.platform_dependent(
-            *(pad(q, padded_q), pad(k, padded_kv), pad(v, padded_kv)),
-            cpu=functools.partial(run, True),
-            default=functools.partial(run, False),
-        )
-        return out[:, :, :num_queries]
-
-    return _on_each_device(on_device, q, k, v)
+def _splash(q, k, v, segment_ids, scale):
+    run = functools.partial(attention_splash.mha, scale=scale, saved_name=SAVED_NAME)
+    return _on_each_device(run, q, k, v, segment_ids)
 
 
 _BACKENDS = {

@@ -32,27 +32,25 @@ def limit(head_dim: int, dtype: Any) -> str | None:
     return None
 
 
-def mha(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
+def mha(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, scale: float
+) -> jax.Array:
     """Attention of q over k and v: [B, H, S, Dh] → [B, H, S, Dh]; interpreted on CPU.
 
-    Raises:
-      NotImplementedError: there are more queries than keys.
+    Args:
+      q: no more queries than keys.
+      segment_ids: [B, S], not negative, of as many queries as keys; None where all attend to all.
     """
     # Importing Pallas takes seconds; only programs that may run this pay for it.
     from jax.experimental.pallas.ops.gpu import attention as kernel
 
     num_queries, num_keys = q.shape[2], k.shape[2]
-    if num_queries > num_keys:
-        raise NotImplementedError(
-            f"pallas_gpu attention takes no more queries than keys, found {num_queries} and "
-            f"{num_keys}; use 'chunked'"
-        )
     padded = -(-num_keys // BLOCK) * BLOCK
-    ids = None
+    ids = segment_ids
     if padded != num_keys:
         # One row of ids serves queries and keys; no query that counts stands beside padding.
-        ids = (jnp.arange(padded) >= num_keys).astype(jnp.int32)
-        ids = jnp.broadcast_to(ids, (q.shape[0], padded))
+        ids = jnp.zeros((q.shape[0], num_keys), jnp.int32) if ids is None else ids
+        ids = jnp.pad(ids, ((0, 0), (0, padded - num_keys)), constant_values=-1)
     blocks = (BLOCK, BLOCK_KV) + (BLOCK_BACKWARD,) * 4
     if q.dtype == jnp.float32:
         blocks = (BLOCK_FLOAT32,) * 6
