@@ -45,18 +45,18 @@ def _skimage(file: str, author: str, licence: str = "CC0 1.0", split: str = "tra
     return Photo(file.partition(".")[0], "skimage", f"data/{file}", author, licence, split)
 
 
-PUBLIC = "public domain"
+PUBLIC, UNRESTRICTED = "public domain", "no known restrictions"
 PHOTOS = (
     _skimage("astronaut.png", "NASA", PUBLIC),
     _skimage("coffee.png", "Rachel Michetti"),
     _skimage("hubble_deep_field.jpg", "NASA", PUBLIC),
     _skimage("retina.jpg", "Mikael Häggström"),
-    _skimage("ihc.png", "CMMI", PUBLIC),
-    _skimage("brick.png", "Lennart Demes, CC0Textures"),
-    _skimage("grass.png", "Linolafett, CC0Textures"),
-    _skimage("gravel.png", "Lennart Demes, CC0Textures"),
+    _skimage("ihc.png", "CMMI", UNRESTRICTED),
+    _skimage("brick.png", "CC0Textures"),
+    _skimage("grass.png", "linolafett"),
+    _skimage("gravel.png", "CC0Textures"),
     _skimage("camera.png", "Lav Varshney"),
-    _skimage("coins.png", "Brooklyn Museum", PUBLIC),
+    _skimage("coins.png", "Brooklyn Museum", UNRESTRICTED),
     Photo("china", "sklearn", "datasets/images/china.jpg", "danielbuechele", "CC BY 2.0"),
     Photo(
         "grace_hopper", "matplotlib", "mpl-data/sample_data/grace_hopper.jpg", "US Navy", PUBLIC
