@@ -7,6 +7,7 @@ MFU         limit / estimate
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import rich.box
@@ -214,7 +215,8 @@ def _verdicts(report: Report) -> list[str]:
             f"{report.ratio_with_collectives:.2f} × with what is waited for; MFU "
             f"{report.limit_s / estimate.total_s:.0%}"
         )
-    lines.append(f"{report.images_per_s:,.3g} images a second on all chips")
+    each = f", {time_text(estimate.total_s / report.repeats)} a step" if report.repeats > 1 else ""
+    lines.append(f"{report.images_per_s:,.3g} images a second on all chips{each}")
     return lines
 
 
@@ -239,17 +241,24 @@ def _collectives_table(report: Report) -> rich.table.Table:
 def _ops_table(report: Report, num_ops: int) -> rich.table.Table:
     table = new_table("costliest operations", ("what", "makes", "for"), ("times", "time"))
     for op in report.estimate.ops[:num_ops]:
-        makes = op.shape if len(op.shape) < 44 else f"{op.shape[:42]} …"
-        table.add_row(
-            op.category, makes, _short_source(op.source), str(op.count), time_text(op.seconds)
-        )
+        makes, source = _cut(op.shape, 34), _cut(_short_source(op.source), 40)
+        table.add_row(op.category, makes, source, str(op.count), time_text(op.seconds))
     return table
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+_EVERYWHERE = (
+    "while", "body", "closed_call", "cond", "branch_0_fun", "checkpoint", "shard_map",
+    "pallas_call",
+)  # fmt: skip
 
 
 def _short_source(source: str) -> str:
     """The end of an operation's path, without what every path has."""
-    words = ("while", "body", "closed_call", "cond", "branch_0_fun", "checkpoint")
-    parts = [part for part in source.split("/") if part not in words]
+    parts = [part for part, _ in itertools.groupby(source.split("/")) if part not in _EVERYWHERE]
     backward = "∇ " if any("transpose(" in part for part in parts) else ""
     again = "again " if "rematted_computation" in parts else ""
     parts = [part for part in parts if "(" not in part and part != "rematted_computation"]
