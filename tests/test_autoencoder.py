@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from PIL import Image
+from skimage import data
 
 from kontext_jax.autoencoder_task import coder_of
-from kontext_jax.data.scenes import WORLDS, SceneSource, render
 from kontext_jax.latents import pixels_to_model
 from kontext_jax.models.presets import VAEConfig
 from kontext_jax.models.vae import VAE
@@ -23,16 +24,21 @@ from kontext_jax.objectives.autoencoder import (
 )
 from kontext_jax.objectives.base import mean_metrics
 
-CONFIG = VAEConfig(
-    **{"ch": 16, "ch_mult": (1, 1), "num_res_blocks": 1, "norm_groups": 4, "patch": 4},
+WIDE = VAEConfig(
+    **{"ch": 128, "ch_mult": (1,), "num_res_blocks": 1, "norm_groups": 8, "patch": 8},
     latent_scale=1.0,
     latent_shift=0.0,
 )
+NUM_STEPS = 250
 
 
-def pictures(count):
-    source = SceneSource(WORLDS["easy-crowded"], count=count)
-    return pixels_to_model(np.stack([render(source[i].target, 64) for i in range(count)]))
+def photographs():
+    """Eight crops of 64² from four photographs, [-1, 1]."""
+    crops = []
+    for photo in (data.astronaut(), data.coffee(), data.chelsea(), data.rocket()):
+        small = np.asarray(Image.fromarray(photo).resize((128, 128), Image.Resampling.BICUBIC))
+        crops += [small[:64, :64], small[32:96, 32:96]]
+    return pixels_to_model(np.stack(crops))
 
 
 IMAGE = (3, 16, 16, 3)
@@ -88,33 +94,32 @@ def test_latents_are_described_by_their_moments():
 
 @pytest.fixture(scope="module")
 def learnt():
-    """Metrics of some steps on eight pictures, and the evaluations before and after."""
-    vae = VAE(CONFIG)
+    """Metrics of steps on eight pictures, and the evaluations before and after."""
+    vae = VAE(WIDE)
+    rate = optax.warmup_cosine_decay_schedule(0, 2e-3, 20, NUM_STEPS)
     objective = make_autoencoder(
         coder_of(vae),
         lambda key: vae.init(key, jnp.zeros((1, 16, 16, 3)))["params"],
-        optax.adam(3e-3),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99)),
         AutoencoderConfig(l1_weight=0.1, mse_weight=1.0, kl_weight=1e-6),
         ema_decay=0.9,
-        accumulate_steps=2,
     )
-    batch, key = PictureBatch(pictures(8)), jax.random.key(1)
+    batch, key = PictureBatch(photographs()), jax.random.key(1)
     state = jax.jit(objective.init)(jax.random.key(0))
-    evaluate, step = jax.jit(objective.evaluate), jax.jit(objective.step)
+    evaluate, step = jax.jit(objective.evaluate), jax.jit(objective.step, donate_argnums=0)
     before = mean_metrics([evaluate(state.params, {}, batch, key)])
     rows = []
-    for _ in range(40):
+    for _ in range(NUM_STEPS):
         state, metrics = step(state, {}, batch, key)
         rows.append(metrics)
     return rows, before, mean_metrics([evaluate(state.params, {}, batch, key)])
 
 
 @pytest.mark.slow
-def test_eight_pictures_are_learnt(learnt):
+def test_eight_pictures_are_learnt_by_heart(learnt):
     rows, before, after = learnt
     print(f"loss {before['loss']:.0f} → {after['loss']:.0f}, PSNR {after['psnr']:.1f} dB")
-    assert after["loss"] < 0.25 * before["loss"]
-    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+    assert after["psnr"] > 30  # 34.8 with 300 steps
     assert all(np.isfinite(row["grad_norm"]) for row in rows)
 
 

@@ -117,11 +117,13 @@ def test_an_interrupted_run_with_a_discriminator_is_the_unbroken_one(tmp_path, m
         optimizer=dataclasses.replace(tiny.optimizer, warmup_steps=2),
         discriminator=dataclasses.replace(tiny.discriminator, width=4),
         data=DataConfig(
-            sources=("scenes:easy:train:16",), buckets=("64x64",), fraction_with_references=0.0
+            sources=("scenes:easy-crowded:any:16",),
+            buckets=("64x64",),
+            fraction_with_references=0.0,
         ),
         eval=dataclasses.replace(
             tiny.eval,
-            sources=("scenes:easy:seen:4",),
+            sources=("scenes:easy-crowded:seen:4",),
             every_steps=3,
             num_batches=1,
             sample_every_steps=0,
