@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from kontext_jax.executable_files import ExecutableFiles
 
@@ -147,7 +148,8 @@ class Executables:
         facts = files.facts(key, args, self._compiler_options)
         compiled = files.load(facts)
         if compiled is None:
-            compiled = self._compile(make(), {"keep_unused": True}, args)
+            with _really_compiling():
+                compiled = self._compile(make(), {"keep_unused": True}, args)
             files.save(facts, compiled)
             # The same kind of program at the first start as at the next ones.
             compiled = files.load(facts) or compiled
@@ -156,6 +158,23 @@ class Executables:
     def _compile(self, function: Callable, options: dict[str, Any], args) -> jax.stages.Compiled:
         lowered = jax.jit(function, **options).lower(*args)
         return lowered.compile(compiler_options=self._compiler_options)
+
+
+@contextlib.contextmanager
+def _really_compiling() -> Iterator[None]:
+    """Without JAX's cache of programs.
+
+    XLA for CPUs serializes what it compiled, but of what it deserialized, only a part: a program out
+    of that cache would be kept without some of its functions, and fail when it runs.
+    """
+    was_enabled = jax.config.jax_enable_compilation_cache
+    compilation_cache.reset_cache()  # or the setting is not read again
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", was_enabled)
+        compilation_cache.reset_cache()
 
 
 def _dtype(x: Any) -> Any:

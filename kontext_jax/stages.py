@@ -136,8 +136,8 @@ class Stages:
         image = latents.pixels_to_model(pixels)[None]
         vae, params = self._vae(numerics.vae_encode_dtype), self._load("vae")
         if tile_px := self._tile_px(vae, *image.shape[1:3]):
-            with _precise(vae.dtype), self.timings.measure("encode"):
-                return self._finite(encode_tiled(vae, params, image, tile_px), "image latents")
+            with self.timings.measure("encode"):
+                return self._finite(self._encode_tiled(vae, image, tile_px), "image latents")
         program = self._compile(
             ("encode", vae), lambda: _method(vae, "encode"), params, image, dtype=vae.dtype
         )
@@ -260,9 +260,8 @@ class Stages:
             x = jax.device_put(x, where)
         x = x.astype(jnp.float32 if numerics.unscale_dtype == "float32" else self._compute_dtype)
         if tile_px := self._tile_px(vae, *(side * vae.downsampling for side in x.shape[1:3])):
-            with _precise(vae.dtype), self.timings.measure("decode"):
-                rows = [decode_tiled(vae, params, row[None], tile_px) for row in x]
-                image = np.concatenate(rows)
+            with self.timings.measure("decode"):
+                image = self._decode_tiled(vae, x, tile_px)
         else:
             program = self._compile(
                 *(("decode", vae, batch_axis), lambda: _method(vae, "decode"), params, x),
@@ -272,6 +271,15 @@ class Stages:
             with self.timings.measure("decode"):
                 image = np.asarray(program(params, x), np.float32)
         return self._finite(image, "decoded picture")
+
+    def _encode_tiled(self, vae: VAE, image: jax.Array, tile_px: int) -> jax.Array:
+        with _precise(vae.dtype):
+            return encode_tiled(vae, self._load("vae"), image, tile_px)
+
+    def _decode_tiled(self, vae: VAE, x: jax.Array, tile_px: int) -> np.ndarray:
+        with _precise(vae.dtype):
+            params = self._load("vae")
+            return np.concatenate([decode_tiled(vae, params, row[None], tile_px) for row in x])
 
     def _tile_px(self, vae: VAE, height_px: int, width_px: int) -> int | None:
         """Side of the autoencoder's tiles for a picture of this size; None for no tiles."""

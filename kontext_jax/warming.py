@@ -22,11 +22,15 @@ from kontext_jax.executable_files import KeptProgram
 from kontext_jax.images import Picture
 from kontext_jax.models.mmdit import unstacked
 from kontext_jax.models.presets import Preset
+from kontext_jax.models.vae import VAE
 from kontext_jax.numerics import NUMERICS
 from kontext_jax.pipeline import Failure, Pipeline
 from kontext_jax.requests import PreparedRequest, SampleRequest, prepare_pictures
 from kontext_jax.sizes import Size, plan_sizes
 from kontext_jax.tokenizing import TextIds
+
+
+TILES_LATER = "the autoencoder's programs for tiles are compiled when they first run"
 
 
 class BlankTokenizers:
@@ -90,6 +94,18 @@ class WarmingPipeline(Pipeline):
             )
 
         return zeros
+
+    def _encode_tiled(self, vae: VAE, image: jax.Array, tile_px: int) -> jax.Array:
+        self._tell(f"{TILES_LATER}: encoding, tiles of {tile_px} pixels")
+        batch, *sides, _ = image.shape
+        height, width = (side // vae.downsampling for side in sides)
+        return jnp.zeros((batch, height, width, vae.config.z_channels))
+
+    def _decode_tiled(self, vae: VAE, x: jax.Array, tile_px: int) -> np.ndarray:
+        self._tell(f"{TILES_LATER}: decoding, tiles of {tile_px} pixels")
+        batch, *sides, _ = x.shape
+        height, width = (side * vae.downsampling for side in sides)
+        return np.zeros((batch, height, width, vae.config.out_channels), np.float32)
 
     def _bytes_in_use(self, stats: dict[str, int]) -> int:
         leaves = jax.tree.leaves(self._params)
