@@ -164,8 +164,8 @@ class Executables:
 def _really_compiling() -> Iterator[None]:
     """Without JAX's cache of programs.
 
-    XLA for CPUs serializes what it compiled, but of what it deserialized, only a part: a program out
-    of that cache would be kept without some of its functions, and fail when it runs.
+    XLA for CPUs serializes what it compiled, but only a part of what it deserialized: a program
+    out of that cache would be kept without some of its functions, and fail when it runs.
     """
     was_enabled = jax.config.jax_enable_compilation_cache
     compilation_cache.reset_cache()  # or the setting is not read again

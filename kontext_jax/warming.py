@@ -29,7 +29,6 @@ from kontext_jax.requests import PreparedRequest, SampleRequest, prepare_picture
 from kontext_jax.sizes import Size, plan_sizes
 from kontext_jax.tokenizing import TextIds
 
-
 TILES_LATER = "the autoencoder's programs for tiles are compiled when they first run"
 
 
