@@ -11,8 +11,8 @@ pictures: --config.data.resolution=256, then 512, then 1024, each with --config.
 one before.
 
 Hardware: TPU v5p, 64 chips or a multiple (fsdp 32; further chips hold copies and more data).
-State: 5.6 GiB on each chip; a step with 1024² pictures needs 32.1 GiB of it, by the TPU's compiler
-(kontext_jax.plan), whose own estimate is 0.8 s a picture and chip. At an assumed 40 % of the
+State: 5.6 GiB on each chip; a step with 1024² pictures needs 25 GiB of it, by the TPU's compiler
+(kontext_jax.plan), whose own estimate is 0.7 s a picture and chip. At an assumed 40 % of the
 peak it takes a chip 1.2 s (222 TFLOP), so 256 on 64 chips take 5 s; not measured.
 Expect: the loss over the Gaussian floor below 1 in the bins of small t within some thousand steps;
 no picture quality is claimed for any number of steps.

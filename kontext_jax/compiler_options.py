@@ -19,16 +19,15 @@ _TPU: Options = {
     "xla_tpu_scoped_vmem_limit_kib": 32768,
 }
 _TPU_TRAIN: Options = _TPU | {
-    # Gathers of parameters and reduce-scatters of gradients run inside the products next to them.
-    # Only together: with the first two or the next three alone, every collective stops the chip.
+    # Gathers of parameters and reduce-scatters of gradients run inside the products next to them;
+    # without either option of a pair, each of its collectives stops the chip.
     "xla_enable_async_all_gather": True,
-    "xla_enable_async_reduce_scatter_fusion": True,
-    "xla_tpu_enable_async_collective_fusion": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_enable_async_reduce_scatter_fusion": True,
     "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": True,
-    "xla_tpu_overlap_compute_collective_tc": True,
-    # One collective may run beside several products, if it takes longer than the first.
-    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    # Over all chips of a slice, a gather would be the sum of buffers filled with zeros: twice the
+    # bytes, and never beside a product.
+    "xla_tpu_prefer_async_allgather_to_allreduce": True,
 }
 _GPU: Options = {
     # Collectives are started early and waited for late, with products between.

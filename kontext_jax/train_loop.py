@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from kontext_jax import compiler_options, config_tree, train_config
 from kontext_jax.checkpoint import Place
+from kontext_jax.chips import chip_of
 from kontext_jax.compiling import Executables
 from kontext_jax.metrics import Speed
 from kontext_jax.objectives.base import mean_metrics, use_key
@@ -103,10 +104,11 @@ def train(
         stack.enter_context(activation_rules(mesh))
         stack.enter_context(_precise(config))
         speed = Speed(task.peak_flops(mesh))
+        chip = chip_of(mesh.devices.flat[0].device_kind)
         programs = Executables(
             speed,
             lambda *program: tell(_compiled_line(*program)),
-            compiler_options.options(jax.default_backend(), "train"),
+            compiler_options.options(jax.default_backend(), "train", chip and chip.name),
         )
         devices = Devices(mesh, _place(mesh), programs)
         init_key, run_key, eval_key = _keys(config.seed, devices)
