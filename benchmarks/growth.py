@@ -11,6 +11,7 @@ asked for is kept as the file has it.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -25,10 +26,11 @@ from rich.progress import track
 import kontext_jax.plan  # noqa: F401
 from kontext_jax import train_config
 from kontext_jax.command_line import load_config
-from kontext_jax.plan import chart, measure, programs, sampling, sweep
+from kontext_jax.plan import chart, measure, programs, sampling
 from kontext_jax.plan.commands import measure_sampling, measure_training
 from kontext_jax.plan.report import GIB, Report
 from kontext_jax.plan.targets import find_target
+from kontext_jax.sharding import MeshConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 28
@@ -71,11 +73,13 @@ def denoising(label: str, cache: measure.Cache, **request: Any) -> dict[str, Any
 
 
 def training(topology: str, chips: int, cache: measure.Cache) -> dict[str, Any]:
-    """The step with the batch that gives each chip the config's share on 64 chips."""
-    config = train_config.parse(load_config(str(ROOT / "configs/kontext_joint.py")))
-    per_chip = config.batch_size // 64 // config.accumulate_steps
-    mesh = sweep.parse_mesh(f"data=-1,fsdp={min(config.mesh.fsdp, chips)}")
-    config = sweep.Choice(mesh, per_chip, config.remat).apply(config, chips)
+    """The step with one example on each chip."""
+    config = train_config.parse(
+        load_config(str(ROOT / "configs/kontext_joint.py")),
+        [("batch_size", str(chips)), ("accumulate_steps", "1")],
+    )
+    mesh = MeshConfig(data=-1, fsdp=min(config.mesh.fsdp, chips))
+    config = dataclasses.replace(config, mesh=mesh)
     size, references = programs.default_inputs(config)
     report = measure_training(config, find_target(topology), size, references, cache)
     return point(str(chips), report, 1)
