@@ -138,6 +138,7 @@ def gib(report: Report) -> float:
 
 
 JOINT, T2I = "configs/kontext_joint.py", "configs/t2i_pretrain.py"
+ONE_EACH = {"batch_size": "64", "accumulate_steps": "1"}  # one image a chip
 BARS = (
     Bar("v5p-forward", "v5p forward, 4096 + 512 tokens", "× limit", 1.30, forward("v5p", 0)),
     Bar(
@@ -153,28 +154,28 @@ BARS = (
         "v5p:4x4x4 training step, 4096 + 512 tokens",
         "× limit",
         1.75,
-        training("v5p:4x4x4", T2I, {}, ratio),
+        training("v5p:4x4x4", T2I, ONE_EACH, ratio),
     ),
     Bar(
         "train-joint",
         "v5p:4x4x4 training step, 8192 + 512 tokens",
         "× limit",
         1.75,
-        training("v5p:4x4x4", JOINT, {}, ratio),
+        training("v5p:4x4x4", JOINT, ONE_EACH, ratio),
     ),
     Bar(
         "train-memory",
         "the same, memory of a chip",
         "GiB",
         85,
-        training("v5p:4x4x4", JOINT, {}, gib),
+        training("v5p:4x4x4", JOINT, ONE_EACH, gib),
     ),
     Bar(
         "train-v6e",
         "v6e:8x8 training step, 8192 + 512 tokens, memory of a chip",
         "GiB",
         32,
-        training("v6e:8x8", JOINT, {"remat": "full", "mesh.fsdp": "64"}, gib),
+        training("v6e:8x8", JOINT, ONE_EACH | {"remat": "save_qkv"}, gib),
     ),
     Bar("h100-memory", "H100 denoiser of an edit, beside its weights", "GiB", 0.5, gpu_memory),
     Bar("h100-copies", "H100 denoising step, moved without computing", "GiB", 4.0, gpu_copies),
