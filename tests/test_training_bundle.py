@@ -202,7 +202,7 @@ def test_adapters_of_a_run_become_a_lora_file(trained, tmp_path, which):
 
 def test_autoencoder_of_a_run_stands_in_for_that_of_the_encoders(trained, tmp_path):
     vae = network("vae", 5)
-    settings = {"objective": "autoencoder", "encoders": ""}
+    settings = {"objective": "autoencoder", "encoders": "", "autoencoder": {}}
     first = save_run(tmp_path / "vae", vae, None, **settings)
     assert set(open_weights(first, complete=False).components) == {"vae"}
     with pytest.raises(ValueError, match="without mmdit, t5, clip"):
