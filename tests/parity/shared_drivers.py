@@ -30,9 +30,10 @@ from kontext_jax.models.mmdit import (
 )
 from kontext_jax.models.presets import CLIPConfig, MMDiTConfig, T5Config, VAEConfig
 from kontext_jax.models.t5 import T5Encoder
+from kontext_jax.models.token_layout import TokenLayout
 from kontext_jax.models.vae import VAE
 from kontext_jax.numerics import EXACT, NUMERICS
-from kontext_jax.ops.rope import rope_table
+from kontext_jax.ops.rope import full_width, rope_table
 from kontext_jax.sampler import euler_sample, guided_velocity_fn
 
 
@@ -120,16 +121,17 @@ def mmdit_stages(model: MMDiT, params, img, txt, vec, t, guidance, pe) -> dict:
 
     modulation = jax.jit(functools.partial(model.apply, method="modulation"))
     mod = modulation({"params": params}, t, guidance, vec)
+    shared = full_width(pe), TokenLayout(txt.shape[1], img.shape[1])
     carry = stages["img_in"], stages["txt_in"]
     double = jax.jit(DoubleBlock(config, model.dtype, "reference").apply)
     for i in range(config.depth):
         mods = mod.double_img[:, i], mod.double_txt[:, i]
-        carry, _ = double({"params": layer("double_blocks", i)}, carry, *mods, pe)
+        carry, _ = double({"params": layer("double_blocks", i)}, carry, *mods, *shared)
         stages[f"double_{i}.img"], stages[f"double_{i}.txt"] = carry
     stream = jnp.concatenate(carry[::-1], axis=1)
     single = jax.jit(SingleBlock(config, True, model.dtype, "reference").apply)
     for i in range(config.depth_single_blocks):
-        stream, _ = single({"params": layer("single_blocks", i)}, stream, mod.single[:, i], pe)
+        stream, _ = single({"params": layer("single_blocks", i)}, stream, mod.single[:, i], *shared)
         stages[f"single_{i}"] = stream
     return stages
 
