@@ -11,8 +11,8 @@ this is: L1 + LPIPS + 1e-6·KL, and from step 50,001 on a PatchGAN of adaptive w
 AlexNet's, so that VGG16's is left to measure with; the discriminator normalises by groups
 (kontext_jax/models/discriminators.py says why). Other rates: --config.autoencoder.z_channels=4.
 
-Hardware: TPU v5p, 32 chips or a multiple; other numbers by --config.batch_size. docs/autoencoder.md
-has the memory and the time of a step by the TPU's compiler; nothing was measured on a chip.
+Hardware: TPU v5p, 32 chips or a multiple; other numbers by --config.batch_size. What a step needs
+`python -m kontext_jax.plan` tells (docs/autoencoder.md); nothing was measured on a chip.
 Expect: the paper's table 1, PSNR 31.1 dB and SSIM 0.896 on ImageNet at 256², in no known time.
 """
 
