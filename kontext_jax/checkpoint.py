@@ -440,7 +440,7 @@ def _untrained_component(kind: str, config: Config) -> Component:
         float32 = np.dtype(np.float32)
 
         def leaf(path: str, dtype: np.dtype | None) -> np.ndarray:
-            return cast(_untrained_leaf(kind, path, shapes), dtype, path)
+            return cast(untrained_leaf(kind, path, shapes), dtype, path)
 
         return place_leaves(
             shapes, lambda p: read_edited(p, leaf, as_dtype(dtype), float32, edits), device
@@ -470,7 +470,12 @@ def parameter_shapes(kind: str, config: Config) -> Params:
     return jax.eval_shape(init, jax.random.key(0))
 
 
-def _untrained_leaf(kind: str, path: str, shapes: Mapping[str, Any]) -> np.ndarray:
+def untrained_leaf(kind: str, path: str, shapes: Mapping[str, Any]) -> np.ndarray:
+    """The float32 values that `untrained_bundle` gives a parameter, drawn from its path.
+
+    Args:
+      shapes: of the network's parameters by path; that of the bias tells a kernel's fan-in.
+    """
     shape = shapes[path].shape
     parent, _, name = path.rpartition("/")
     if name == "scale":

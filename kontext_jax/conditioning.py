@@ -135,6 +135,11 @@ def make_conditioning(
     )
 
 
+def of_batch(batch: TokenBatch, guidance: jax.Array | None) -> Conditioning:
+    """What a training batch's examples are made from; guidance [B], or None as for the model."""
+    return Conditioning(batch.txt, batch.vec, guidance, batch.ctx, batch.pe)
+
+
 def _check_text(config: MMDiTConfig, txt: jax.Array, vec: jax.Array) -> None:
     batch, _, txt_width = txt.shape
     if txt_width != config.context_in_dim or vec.shape != (batch, config.vec_in_dim):

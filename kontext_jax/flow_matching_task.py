@@ -1,68 +1,32 @@
-"""Training the transformer: the task of `objectives.flow_matching`, by `training_tasks`."""
+"""Rectified flow on the transformer, or on adapters beside it: `objectives.flow_matching`."""
 
-import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 
-from kontext_jax import conditioning, latents
-from kontext_jax.checkpoint import ModelBundle, Place, parameter_shapes, untrained_bundle
-from kontext_jax.chips import peak_flops
-from kontext_jax.conditioning import encode_batch, tokens_of
-from kontext_jax.data.batches import EncodedBatch, ImageBatch
-from kontext_jax.flops import mmdit_flops
-from kontext_jax.flow import timestep_mu, timestep_schedule
+from kontext_jax.checkpoint import Place, parameter_shapes
 from kontext_jax.models.lora import init_lora, scaled
-from kontext_jax.models.mmdit import Conditioning, MMDiT, init_params, make_velocity_fn
-from kontext_jax.models.presets import PRESETS, Preset
-from kontext_jax.objectives.base import TokenBatch, num_samples
+from kontext_jax.models.mmdit import Conditioning, make_velocity_fn
+from kontext_jax.objectives.base import TokenBatch
 from kontext_jax.objectives.flow_matching import make_flow_matching
-from kontext_jax.ops.attention import Backend, backend_for
-from kontext_jax.optimizer import make_optimizer, make_schedule
-from kontext_jax.sampler import euler_sample, initial_noise
-from kontext_jax.sharding import batch_shardings, shard_batch
-from kontext_jax.tokenizing import Tokenizers
 from kontext_jax.train_config import TrainConfig
-from kontext_jax.train_state import TrainState, make_train_state
-from kontext_jax.training_tasks import DTYPES, Devices, OpenWeights, Work
-from kontext_jax.types import Params
-
-UNTRAINED = "untrained"  # in place of a path to the encoders
+from kontext_jax.training_tasks import OpenWeights, Work
+from kontext_jax.transformer_task import TransformerTask
+from kontext_jax.types import Params, VelocityFn
 
 
-class FlowMatchingTask:
+class FlowMatchingTask(TransformerTask):
     """Trains the transformer, or adapters beside it, on tokens from frozen encoders."""
 
     def __init__(self, config: TrainConfig, open_weights: OpenWeights):
-        self._config = config
-        start = open_weights(config.weights) if config.weights else None
-        self._start = start
-        self._encoders = _open_encoders(config, start, open_weights)
-        self._preset = _fitting_preset(config, start, self._encoders)
-        mmdit = self._preset.mmdit
-        self._dtype = DTYPES[config.dtype]
-        self._model = MMDiT(
-            mmdit,
-            dtype=self._dtype,
-            attention_backend=_named_backend(config),
-            remat=config.remat,
-        )
-        self.sources = [f"transformer: {start.source if start else 'drawn afresh'}"]
-        if not config.data.cache:
-            self.sources.append(f"encoders: {self._encoders.source}")
-        self._optimizer = make_optimizer(config.optimizer, config.num_steps)
+        super().__init__(config, open_weights)
         self.objective = make_flow_matching(
             self._predict,
             self._init_trained,
             self._optimizer,
             config.flow,
-            takes_guidance=mmdit.guidance_embed,
-            ema_decay=config.ema_decay,
-            accumulate_steps=config.accumulate_steps,
-            learning_rate=make_schedule(config.optimizer, config.num_steps),
+            takes_guidance=self._preset.mmdit.guidance_embed,
+            **self._step_options(),
         )
 
     @property
@@ -72,27 +36,19 @@ class FlowMatchingTask:
     def _init_trained(self, key: jax.Array) -> Params:
         if self._adapts:
             return init_lora(self._config.lora, self._base_shapes(), key)
-        return init_params(self._model, key)
+        return super()._init_trained(key)
 
     def _base_shapes(self) -> Params:
         return parameter_shapes("mmdit", self._preset.mmdit)
 
-    def _velocity_fn(self, params: Params, frozen: Any, cond: Conditioning):
+    def _velocity_fn(self, params: Params, frozen: Any, cond: Conditioning) -> VelocityFn:
         if self._adapts:
             adapters = scaled(params, self._config.lora.alpha)
             return make_velocity_fn(self._model, frozen["mmdit"], cond, adapters)
-        return make_velocity_fn(self._model, params, cond)
-
-    def _predict(self, params, frozen, x_t, t, batch: TokenBatch, guidance) -> jax.Array:
-        return self._velocity_fn(params, frozen, _conditioning(batch, guidance))(x_t, t, None)
+        return super()._velocity_fn(params, frozen, cond)
 
     def load_params(self, place: Place) -> Params | None:
-        if self._start is None or self._adapts:
-            return None
-        return self._start.components["mmdit"].load(dtype=jnp.float32, device=place)
-
-    def start(self, params: Params) -> TrainState:
-        return make_train_state(params, self._optimizer, with_ema=self._config.ema_decay > 0)
+        return None if self._adapts else super().load_params(place)
 
     def frozen_shapes(self) -> Any:
         if not self._adapts:
@@ -106,212 +62,7 @@ class FlowMatchingTask:
         mmdit = self._start.components["mmdit"]
         return {"mmdit": mmdit.load(dtype=self._dtype, device=place)}
 
-    def data_facts(self) -> dict[str, Any]:
-        if not (self._config.data.cache or self._config.eval.cache):
-            return {}
-        return conditioning.encoder_facts(self._encoders, self._preset.max_text_tokens)
-
-    def make_feed(self, devices: Devices, null_text) -> "TokenFeed":
-        return TokenFeed(self, devices, null_text)
-
-    def abstract_batch(
-        self, batch_size: int, size: tuple[int, int], num_references: int
-    ) -> TokenBatch:
-        preset, shape = self._preset, jax.ShapeDtypeStruct
-        columns, rows = (side // preset.vae.downsampling for side in size)
-        picture = shape((batch_size, rows, columns, preset.vae.z_channels), self._dtype)
-        text = ((preset.max_text_tokens, preset.mmdit.context_in_dim), (preset.mmdit.vec_in_dim,))
-        encoded = EncodedBatch(
-            x0=picture,
-            contexts=(picture,) * num_references,
-            txt=shape((batch_size, *text[0]), self._dtype),
-            vec=shape((batch_size, *text[1]), self._dtype),
-        )
-        null = [shape(dims, self._dtype) for dims in text]
-        return jax.eval_shape(
-            lambda encoded, null: tokens_of(encoded, *null, preset.mmdit), encoded, null
-        )
-
-    def peak_flops(self, mesh: Mesh) -> float | None:
-        peak = peak_flops(mesh.devices.flat[0].device_kind)
-        return None if peak is None else peak * mesh.size
-
     def work(self, batch: TokenBatch) -> Work:
-        images = num_samples(batch)
-        num_text, num_target = batch.txt.shape[1], batch.x0.shape[1]
-        num_context = 0 if batch.ctx is None else batch.ctx.shape[1]
-        flops = mmdit_flops(self._preset.mmdit, num_text, num_target + num_context)
-        return Work(
-            images,
-            images * (num_text + num_target + num_context),
-            images * flops.training(trains_kernels=not self._adapts),
-        )
-
-
-class TokenFeed:
-    """Encodes pictures and prompts by frozen networks, and samples from what is trained."""
-
-    def __init__(self, task: FlowMatchingTask, devices: Devices, null_text):
-        config, preset = task._config, task._preset
-        self._task, self._devices = task, devices
-        self._max_text_tokens = preset.max_text_tokens
-        bundle = task._encoders
-        self._networks = conditioning.make_encoders(preset, task._dtype)
-        if null_text is None:
-            self._tokenizers = Tokenizers(**bundle.tokenizer_dirs)
-            self._tokenizers.check_fit(preset.t5, preset.clip)
-            self._params = conditioning.load_encoder_params(bundle, task._dtype, devices.place)
-            null_text = conditioning.null_text(
-                self._networks, self._params, self._tokenizers, self._max_text_tokens
-            )
-        elif config.eval.sample_every_steps:
-            vae = bundle.components["vae"]
-            self._params = {"vae": vae.load(dtype=jnp.float32, device=devices.place)}
-        everywhere = devices.everywhere
-        self._null = jax.jit(lambda x: x, out_shardings=everywhere)(null_text)
-        self._guidance = config.eval.sample_guidance
-        self._num_steps = config.eval.sample_num_steps or preset.default_num_steps or 28
-        self._seed = config.seed
-
-    def __call__(self, batch: ImageBatch | EncodedBatch) -> TokenBatch:
-        return self._tokens(self._encode(batch))
-
-    def _encode(self, batch: ImageBatch | EncodedBatch) -> EncodedBatch:
-        """Jit 1: the frozen networks, on each device's share of the batch."""
-        if isinstance(batch, EncodedBatch):
-            return shard_batch(self._devices.mesh, batch)
-        ids, _ = self._tokenizers.tokenize(batch.prompts, self._max_text_tokens)
-        given = shard_batch(self._devices.mesh, (batch.target, batch.contexts, ids))
-
-        def make():
-            return lambda params, target, contexts, ids: encode_batch(
-                self._networks, params, target, contexts, ids
-            )
-
-        return self._run("encode", make, self._params, *given)
-
-    def _tokens(self, encoded: EncodedBatch) -> TokenBatch:
-        def make():
-            return lambda encoded, null_txt, null_vec: tokens_of(
-                encoded, null_txt, null_vec, self._task._preset.mmdit
-            )
-
-        return self._run("tokens", make, encoded, *self._null)
-
-    def _run(self, name: str, make, *args):
-        """A program whose results are split as batches are."""
-
-        def split(function):
-            return batch_shardings(self._devices.mesh, jax.eval_shape(function, *args))
-
-        return self._devices.programs.get(name, make, *args, out_shardings=split)(*args)
-
-    def sample(self, params: Params, frozen: Any, batch: Any) -> list[np.ndarray]:
-        """References as the autoencoder shows them, what the network makes, and the targets."""
-        encoded = self._encode(batch)
-        tokens = self._tokens(encoded)
-        size = encoded.x0.shape[1:3]
-        model, count = self._task._model, num_samples(tokens)
-        seeds = [self._seed + i for i in range(count)]
-        noise = latents.pack(initial_noise(seeds, *size, encoded.x0.shape[3]))
-        mu = timestep_mu(noise.shape[1]) if self._task._preset.shift_timesteps else None
-        timesteps = timestep_schedule(self._num_steps, mu)
-
-        def make():
-            def run(params, frozen, tokens, noise, timesteps):
-                guidance = None
-                if model.config.guidance_embed:
-                    guidance = jnp.full(count, self._guidance, jnp.float32)
-                cond = _conditioning(tokens, guidance)
-                velocity_fn = self._task._velocity_fn(params, frozen, cond)
-                return latents.unpack(euler_sample(velocity_fn, noise, timesteps), *size)
-
-            return run
-
-        args = (params, frozen, tokens, np.asarray(noise), timesteps)
-        result = self._run(("sample", size), make, *args)
-        columns = [*encoded.contexts[:1], result, encoded.x0]
-        return [self._decode(column) for column in columns]
-
-    def _decode(self, x: jax.Array) -> np.ndarray:
-        def make():
-            return lambda params, x: self._networks.vae.apply(
-                {"params": params}, x.astype(jnp.float32), method="decode"
-            ).astype(jnp.float32)
-
-        args = (self._params["vae"], x)
-        program = self._devices.programs.get(
-            "decode", make, *args, out_shardings=lambda _: self._devices.everywhere
-        )
-        return np.asarray(program(*args))
-
-
-def _conditioning(batch: TokenBatch, guidance: jax.Array | None) -> Conditioning:
-    return Conditioning(batch.txt, batch.vec, guidance, batch.ctx, batch.pe)
-
-
-def _named_backend(config: TrainConfig) -> Backend:
-    """The backend that "auto" means here: else every platform's would be differentiated."""
-    if config.attention_backend != "auto":
-        return config.attention_backend
-    platform = jax.default_backend()
-    return backend_for(platform, config.model.mmdit.head_dim, DTYPES[config.dtype])
-
-
-def _open_encoders(
-    config: TrainConfig, start: ModelBundle | None, open_weights: OpenWeights
-) -> ModelBundle:
-    """Where the frozen text encoders and the autoencoder come from.
-
-    Raises:
-      ValueError: nowhere, or something is missing there.
-    """
-    if config.encoders == UNTRAINED:
-        bundle = untrained_bundle(config.preset)
-    elif config.encoders:
-        bundle = open_weights(config.encoders)
-    elif start is not None:
-        bundle = start
-    else:
-        raise ValueError(
-            "there are no text encoders and no autoencoder, since weights is empty; set encoders "
-            f"to a weight directory, or to {UNTRAINED!r} to try things out"
-        )
-    if config.autoencoder_weights:
-        other = open_weights(config.autoencoder_weights)
-        bundle = dataclasses.replace(
-            bundle,
-            components=bundle.components | {"vae": other.components["vae"]},
-            source=f"{bundle.source}; autoencoder: {other.source}",
-        )
-    missing = [k for k in conditioning.ENCODER_KINDS if k not in bundle.components]
-    if missing:
-        raise ValueError(
-            f"{bundle.source} has no {', '.join(missing)}; set encoders to weights that have"
-        )
-    return bundle
-
-
-def _fitting_preset(
-    config: TrainConfig, start: ModelBundle | None, encoders: ModelBundle
-) -> Preset:
-    """The preset with the configs of the weights at hand.
-
-    Raises:
-      ValueError: the transformer of the weights is not the preset's.
-    """
-    preset = PRESETS[config.preset]
-    if start is not None:
-        found = start.components["mmdit"].config
-        differing = [
-            f"{f.name} {getattr(found, f.name)}, expected {getattr(preset.mmdit, f.name)}"
-            for f in dataclasses.fields(found)
-            if getattr(found, f.name) != getattr(preset.mmdit, f.name)
-        ]
-        if differing:
-            raise ValueError(
-                f"{config.weights} is no {config.preset}: {'; '.join(differing)}; set preset to "
-                f"another of {', '.join(PRESETS)}"
-            )
-    configs = {kind: encoders.components[kind].config for kind in conditioning.ENCODER_KINDS}
-    return dataclasses.replace(preset, **configs)
+        images, tokens, forward = self._forward(batch)
+        flops = forward.training(trains_kernels=not self._adapts)
+        return Work(images, images * tokens, images * flops)

@@ -20,7 +20,8 @@ def test_names_are_keys():
 
 def test_kontext_and_the_small_models_take_references():
     assert {n for n, p in PRESETS.items() if p.takes_references} == {
-        *("kontext-dev", "kontext-base", "tiny", "tiny-scenes", "tiny-kontext")
+        *("kontext-dev", "kontext-base", "tiny", "tiny-scenes"),
+        *("tiny-kontext", "tiny-kontext-guided"),
     }
 
 

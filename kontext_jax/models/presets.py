@@ -172,6 +172,13 @@ _SMALL = (
         vae=dataclasses.replace(_SCENES.vae, ch=64),
     ),
 )
+_SMALL += (  # what guidance is distilled into (configs/tiny_guidance_distill.py)
+    dataclasses.replace(
+        _SMALL[-1],
+        name="tiny-kontext-guided",
+        mmdit=dataclasses.replace(_SMALL[-1].mmdit, guidance_embed=True),
+    ),
+)
 
 PRESETS = {
     preset.name: preset

@@ -18,7 +18,6 @@ from kontext_jax import conditioning, sharding
 from kontext_jax.checkpoint import parameter_shapes, untrained_bundle
 from kontext_jax.compiler_options import Purpose
 from kontext_jax.data.buckets import bucket_sizes
-from kontext_jax.flow_matching_task import UNTRAINED
 from kontext_jax.models.presets import Preset
 from kontext_jax.ops.attention import backend_for
 from kontext_jax.plan.targets import Target
@@ -26,6 +25,7 @@ from kontext_jax.task_table import make_task
 from kontext_jax.train_config import TrainConfig
 from kontext_jax.train_loop import abstract_state, check_batch_size, tree_bytes
 from kontext_jax.training_tasks import DTYPES
+from kontext_jax.transformer_task import UNTRAINED
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,140 @@
+"""A frozen transformer that another one learns from, and the input for guidance that it may lack.
+
+    teacher = Teacher(open_weights(path), jnp.bfloat16, backend)      # headers alone are read
+    frozen = {"teacher": teacher.load(place)}                         # shapes(): what that gives
+    velocity = teacher.velocity(frozen["teacher"], x_t, t, batch)     # [B, L, C], of the target
+
+`open_weights` gives the average of the parameters where the path is a training run that keeps one.
+The parameters are stored in the compute dtype, and nothing here stops gradients: by its inputs a
+teacher may be differentiated (adversarial distillation needs that); whoever takes a target from it
+uses `lax.stop_gradient`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kontext_jax import conditioning
+from kontext_jax.checkpoint import (
+    NO_EDITS,
+    Component,
+    Edits,
+    ModelBundle,
+    Place,
+    as_dtype,
+    parameter_shapes,
+    place_leaves,
+    read_edited,
+    untrained_leaf,
+)
+from kontext_jax.models.mmdit import Conditioning, MMDiT, Remat, make_velocity_fn
+from kontext_jax.models.presets import MMDiTConfig
+from kontext_jax.objectives.base import TokenBatch
+from kontext_jax.ops.attention import Backend
+from kontext_jax.tensor_files import cast, flatten
+from kontext_jax.types import Params
+
+NO_GUIDANCE = 1.0  # what a network that takes guidance is told, to be the conditional one
+
+
+class Teacher:
+    """The transformer of a bundle, its weights still on disk.
+
+    Args:
+      dtype: in which it computes and its parameters are stored.
+      remat: what its blocks keep for a backward pass by its inputs, see `models.mmdit`.
+
+    Attributes:
+      model: the module, for whoever needs more of it than the velocity.
+      source: one line for the user: where the weights come from.
+
+    Raises:
+      ValueError: the bundle has no transformer.
+    """
+
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        dtype: jax.typing.DTypeLike,
+        attention_backend: Backend,
+        remat: Remat = "none",
+    ):
+        if "mmdit" not in bundle.components:
+            raise ValueError(f"{bundle.source} has no transformer, so it can teach nothing")
+        self._component = bundle.components["mmdit"]
+        self._dtype = jnp.dtype(dtype)
+        self.source = bundle.source
+        self.model = MMDiT(
+            self._component.config, dtype=dtype, attention_backend=attention_backend, remat=remat
+        )
+
+    @property
+    def config(self) -> MMDiTConfig:
+        return self._component.config
+
+    def shapes(self) -> Params:
+        """Shapes of what `load` gives."""
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, self._dtype),
+            parameter_shapes("mmdit", self.config),
+        )
+
+    def load(self, place: Place) -> Params:
+        """The parameters, each leaf straight to its place, in the compute dtype."""
+        return self._component.load(dtype=self._dtype, device=place)
+
+    def condition(self, batch: TokenBatch, guidance: float = NO_GUIDANCE) -> Conditioning:
+        """What the network takes besides x_t and t.
+
+        Args:
+          guidance: that a network with the input is told; one without it is not.
+        """
+        told = None
+        if self.config.guidance_embed:
+            told = jnp.full(batch.vec.shape[:1], guidance, jnp.float32)
+        return conditioning.of_batch(batch, told)
+
+    def velocity(
+        self,
+        params: Params,
+        x_t: jax.Array,
+        t: jax.Array,
+        batch: TokenBatch,
+        guidance: float = NO_GUIDANCE,
+    ) -> jax.Array:
+        """Velocity of the target tokens x_t [B, L, C] at times t [B]: [B, L, C]."""
+        return make_velocity_fn(self.model, params, self.condition(batch, guidance))(x_t, t, None)
+
+
+def with_guidance_input(component: Component) -> Component:
+    """A transformer without an input for guidance, with one that changes nothing yet.
+
+    The last layer of `guidance_in` is zero, so that the velocity is the same for every guidance;
+    the layer before is drawn, or nothing could ever be learnt.
+
+    Raises:
+      ValueError: it has the input already.
+    """
+    if component.config.guidance_embed:
+        raise ValueError("this transformer takes guidance already; its input is not replaced")
+    config = dataclasses.replace(component.config, guidance_embed=True)
+    shapes = dict(flatten(parameter_shapes("mmdit", config)))
+    own = [path for path in shapes if path.startswith("guidance_in/")]
+
+    def load(dtype=None, device=None, edits: Edits = NO_EDITS) -> Params:
+        params = component.load(dtype=dtype, device=device, edits=edits)
+        stored = np.dtype(params["time_in"]["out_layer"]["kernel"].dtype)
+
+        def draw(path: str, dtype: np.dtype | None) -> np.ndarray:
+            if path.startswith("guidance_in/out_layer/"):
+                return np.zeros(shapes[path].shape, dtype)
+            return cast(untrained_leaf("mmdit", path, shapes), dtype, path)
+
+        def read(path: str) -> np.ndarray:
+            return read_edited(path, draw, as_dtype(dtype) or stored, stored, edits)
+
+        return params | place_leaves(own, read, device)
+
+    return Component(config, load)
