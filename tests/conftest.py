@@ -64,6 +64,13 @@ class Comparisons:
         if share >= self.tensors.get(case, (-1.0, ""))[0]:
             self.tensors[case] = (share, output)
 
+    def merge(self, other: "Comparisons") -> None:
+        """Takes over what another process measured."""
+        self.pictures.extend(other.pictures)
+        for case, (share, output) in other.tensors.items():
+            self.add_tensor(case, output, share)
+        self.notes.extend(other.notes)
+
 
 _COMPARISONS = pytest.StashKey[Comparisons]()
 
@@ -72,6 +79,20 @@ _COMPARISONS = pytest.StashKey[Comparisons]()
 def comparisons(pytestconfig) -> Comparisons:
     """Collects figures for the tables at the end of the run."""
     return pytestconfig.stash.setdefault(_COMPARISONS, Comparisons())
+
+
+def pytest_sessionfinish(session):
+    """In a worker process: hands its figures to the process that prints."""
+    if hasattr(session.config, "workeroutput") and _COMPARISONS in session.config.stash:
+        measured = dataclasses.asdict(session.config.stash[_COMPARISONS])
+        session.config.workeroutput["comparisons"] = measured
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    theirs = getattr(node, "workeroutput", {}).get("comparisons")
+    if theirs:
+        node.config.stash.setdefault(_COMPARISONS, Comparisons()).merge(Comparisons(**theirs))
 
 
 def pytest_terminal_summary(terminalreporter, config):
