@@ -143,7 +143,9 @@ def apply_vae(call: Call, x: np.ndarray, method: str):
     apply = functools.partial(
         model.apply,
         method=method,
-        capture_intermediates=lambda module, _: ".".join(module.path) in wanted,
+        capture_intermediates=lambda module, called: (
+            called == "__call__" and ".".join(module.path) in wanted
+        ),
         mutable=["intermediates"],
     )
     returned, state = jax.jit(apply)({"params": params}, x)
