@@ -55,7 +55,12 @@ def test_the_tpu_compiler_knows_every_option():
         for purpose in PURPOSES:
             jax.jit(lambda x: x + 1).lower(x).compile(compiler_options=options("tpu", purpose))
     """
-    environment = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment = {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
     subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
         env=os.environ | environment,
