@@ -216,7 +216,8 @@ def _verdicts(report: Report) -> list[str]:
             f"{report.limit_s / estimate.total_s:.0%}"
         )
     each = f", {time_text(estimate.total_s / report.repeats)} a step" if report.repeats > 1 else ""
-    lines.append(f"{report.images_per_s:,.3g} images a second on all chips{each}")
+    rate = f"{report.images_per_s:{',.0f' if report.images_per_s >= 100 else '.3g'}}"
+    lines.append(f"{rate} images a second on all chips{each}")
     return lines
 
 
