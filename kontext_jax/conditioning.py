@@ -337,4 +337,5 @@ def tokens_of(
         null_txt=jnp.asarray(null_txt),
         null_vec=jnp.asarray(null_vec),
         pe=jnp.asarray(pe),
+        grid=tuple(side // latents.PATCH for side in encoded.x0.shape[1:3]),
     )

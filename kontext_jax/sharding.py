@@ -92,8 +92,8 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"(token_embedding|position_embedding)/embedding", ()),
     (r"blocks/([qkv]_proj|out_proj|fc1|fc2)/(kernel|bias)", ()),
     (r"(encoder|decoder)/.*(kernel|bias|scale)", ()),
-    # So are its discriminator and the perceptual networks.
-    (r"conv_\d+/kernel", ()),
+    # So are discriminators and the perceptual networks.
+    (r"(conv_\d+|head_\d+/project)/kernel", ()),
     # Other biases and scales of norms: a few million in all, and a gather for each would be slow.
     (r"(bias|scale)", ()),
 )

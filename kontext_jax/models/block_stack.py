@@ -55,7 +55,7 @@ def make_stack(
 
 
 def tapped(block: type[nn.Module], read: Read) -> type[nn.Module]:
-    """The block with a second carry [K, B, L, D], which keeps what is read after some of the blocks.
+    """The block with a second carry [K, B, L, D]: what is read after some of the blocks.
 
     It is called `((carry, kept), slot [1], *inputs)`, and puts the first L tokens of
     `read(carry, *inputs)` in the given slot; blocks that nobody asked about share one. So only what

@@ -75,14 +75,14 @@ class PatchDiscriminator(nn.Module):
                 f"pictures of {width}×{height} pixels leave no patch to a discriminator of "
                 f"{config.num_layers} layers; lower --config.discriminator.num_layers"
             )
-        x = _activate(self._conv(image.astype(self.dtype), 0, config.width, 2))
+        x = activate(self._conv(image.astype(self.dtype), 0, config.width, 2))
         for index in range(1, config.num_layers + 1):
             features = config.width * min(2**index, 8)
             stride = 2 if index < config.num_layers else 1
             x = self._conv(x, index, features, stride)
             if config.norm != "none":
                 x = PatchNorm(config.norm, self.dtype, name=f"norm_{index}")(x)
-            x = _activate(x)
+            x = activate(x)
         logits = self._conv(x, config.num_layers + 1, 1, 1)
         return logits[..., 0].astype(jnp.float32)
 
@@ -109,7 +109,7 @@ class PatchConv(nn.Module):
         return add_bias(y, self.param("bias", nn.initializers.zeros, (self.features,)))
 
 
-def _activate(x: jax.Array) -> jax.Array:
+def activate(x: jax.Array) -> jax.Array:
     return nn.leaky_relu(x, SLOPE)
 
 

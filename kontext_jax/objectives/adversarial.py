@@ -31,9 +31,9 @@ WEIGHT_EPSILON, MAX_WEIGHT = 1e-4, 1e4
 
 
 class Adversary(NamedTuple):
-    """A network that tells real from made pictures, and what trains it."""
+    """A network that tells real from made examples, and what trains it."""
 
-    logits: Callable[[Params, jax.Array], jax.Array]  # (params, image [B, h, w, 3]) → any shape
+    logits: Callable[..., Any]  # here (params, image [B, h, w, 3]) → any shape
     init: Callable[[jax.Array], Params]  # key → float32 parameters
     optimizer: optax.GradientTransformation
     learning_rate: Callable[[jax.Array], jax.Array] | None = None  # for the log alone
@@ -59,7 +59,7 @@ class Reconstruction(NamedTuple):
 class Networks(NamedTuple):
     """Parameters of both networks, or their gradients."""
 
-    autoencoder: Params
+    generator: Params
     discriminator: Params
 
 
@@ -142,10 +142,10 @@ def make_adversarial_gradient(
     def gradient(params: Networks, frozen, batch, step_key, sample_index):
         is_started, frozen = frozen
         way = reconstruct(frozen, batch, step_key, sample_index)
-        (decoded, kl), pull, aux = jax.vjp(way.run, params.autoencoder, has_aux=True)
+        (decoded, kl), pull, aux = jax.vjp(way.run, params.generator, has_aux=True)
         features, metrics = aux
         (nll, nll_metrics), d_nll = jax.value_and_grad(way.nll, has_aux=True)(decoded)
-        last = way.last(params.autoencoder)
+        last = way.last(params.generator)
 
         def weigh(d_g):
             return weight * adaptive_weight(way.output, last, features, d_nll, d_g)
@@ -199,7 +199,7 @@ def make_adversarial_step(
         )
         is_finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
         new_state, norms = advance(
-            state, grads.autoencoder, is_finite, optimizer, ema_decay=ema_decay
+            state, grads.generator, is_finite, optimizer, ema_decay=ema_decay
         )
         other, other_norms = advance(
             state.extra, grads.discriminator, is_finite, adversary.optimizer

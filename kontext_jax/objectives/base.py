@@ -65,6 +65,8 @@ class TokenBatch:
     null_txt: jax.Array  # [T, D_txt] features of the empty prompt
     null_vec: jax.Array  # [D_vec]
     pe: jax.Array  # [2, S, Dh/2] rotary table of text, target and references
+    grid: tuple[int, int] | None = flax.struct.field(pytree_node=False, default=None)
+    # rows and columns of the target's tokens; None: they are no picture
 
 
 def num_samples(batch: Any) -> int:

@@ -1,0 +1,426 @@
+"""Latent adversarial diffusion distillation: few sampling steps, judged in a teacher's features.
+
+    x_t  = (1 − t)·x0 + t·noise          t of few student times, x0 made by the teacher itself
+    x̂0   = x_t − t·v(x_t, t)             the student
+    F(x) = features of the frozen teacher at (1 − s)·x + s·noise',   logit s ~ N(mean, sigma²)
+    L_G  = −Σ_k mean D_k(F_k(x̂0))
+    L_D  = Σ_k mean relu(1 − D_k(F_k(x0))) + mean relu(1 + D_k(F_k(sg x̂0)))
+           + r1_weight · Σ_k mean over samples of ‖∂ΣD_k/∂F_k(x0)‖²
+
+of arXiv:2403.12015; hinge and R1 at the heads' inputs as in its predecessor (arXiv:2311.17042). s
+and noise' are drawn anew for x0 and x̂0. The examples are the teacher's results with guidance
+(`python -m kontext_jax.data.synthesize`), so that prompts are followed without any other loss.
+
+The chain rule is walked by hand: the gradient of L_G goes back through the heads, the frozen
+teacher, whose weights are constants, and the student, and touches neither of the former; L_D sees
+features as numbers. Both networks share one pass through student and teacher.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from kontext_jax import flow
+from kontext_jax.objectives.adversarial import (
+    Adversary,
+    Networks,
+    generator_loss,
+    make_adversarial_step,
+    start_adversary,
+)
+from kontext_jax.objectives.base import (
+    Metrics,
+    Objective,
+    TokenBatch,
+    advance,
+    check_step_options,
+    mean_gradient,
+    num_samples,
+    sample_keys,
+    use_key,
+)
+from kontext_jax.objectives.flow_matching import Predict
+from kontext_jax.train_state import TrainState, make_train_state
+from kontext_jax.types import Params
+
+Features = Callable[[Any, jax.Array, jax.Array, TokenBatch], Sequence[jax.Array]]
+"""`features(frozen, x_t [B, L, C], t [B], batch) -> [[B, …], …]` of the frozen teacher.
+
+Differentiable by x_t; the text and the references in `batch` go with x_t.
+"""
+
+NUM_ACCURACY_BINS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class LADDConfig:
+    """At which times the student learns, and what the discriminator is shown.
+
+    Attributes:
+      timesteps: of the student, from 1 (noise) downwards: those of its sampler.
+      probabilities: of the timesteps. Most of the weight on 1 makes single steps good.
+      warmup_probabilities: likewise, in the first `warmup_steps`.
+      warmup_steps: steps that begin with easier times.
+      renoise_mean: of the logit of the time s at which features are taken; higher values look at
+        the whole picture, lower ones at its texture.
+      renoise_sigma: standard deviation of that logit.
+      renoise_range: (low, high) to which s is clipped.
+      r1_weight: of the gradient penalty on real examples.
+      negative_weight: of real examples beside the text, or the references, of another example of
+        the (micro-)batch: further fakes, which keep results faithful to both; 0: none.
+      on_policy: probability that x_t is where the student's own Euler steps from noise get, not a
+        mixture of x0 and noise. In a plane this loses modes (docs/distillation.md); 0: never.
+      discriminator_steps: updates of the heads for each of the student; each draws its own noise.
+      guidance: that networks with the input are told: at which the examples were made.
+    """
+
+    timesteps: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    probabilities: tuple[float, ...] = (0.7, 0.1, 0.1, 0.1)
+    warmup_probabilities: tuple[float, ...] = (0.0, 0.0, 0.5, 0.5)
+    warmup_steps: int = 500
+    renoise_mean: float = 1.0
+    renoise_sigma: float = 1.0
+    renoise_range: tuple[float, float] = (0.02, 0.98)
+    r1_weight: float = 1e-5
+    negative_weight: float = 0.0
+    on_policy: float = 0.0
+    discriminator_steps: int = 1
+    guidance: float = 2.5
+
+    def __post_init__(self):
+        times = tuple(self.timesteps)
+        if not times or times[0] != 1 or list(times) != sorted(set(times), reverse=True):
+            raise ValueError(f"ladd.timesteps is {times}; expected times from 1 downwards")
+        if times[-1] <= 0:
+            raise ValueError(f"ladd.timesteps ends at {times[-1]}; it must be above 0")
+        for name in ("probabilities", "warmup_probabilities"):
+            given = tuple(getattr(self, name))
+            if len(given) != len(times) or min(given) < 0 or abs(sum(given) - 1) > 1e-6:
+                raise ValueError(
+                    f"ladd.{name} is {given}; expected {len(times)} numbers that add up to 1, one "
+                    "for each of ladd.timesteps"
+                )
+        low_high = tuple(self.renoise_range)
+        if len(low_high) != 2 or not 0 < low_high[0] < low_high[1] < 1:
+            raise ValueError(
+                f"ladd.renoise_range is {low_high}; give (low, high) with 0 < low < high < 1"
+            )
+        for name, least in (
+            ("warmup_steps", 0), ("r1_weight", 0), ("negative_weight", 0),
+            ("discriminator_steps", 1),
+        ):  # fmt: skip
+            if not getattr(self, name) >= least:
+                raise ValueError(
+                    f"ladd.{name} is {getattr(self, name)}; it must be at least {least}"
+                )
+        if not self.renoise_sigma > 0:
+            raise ValueError(f"ladd.renoise_sigma is {self.renoise_sigma}; it must be positive")
+        if not 0 <= self.on_policy <= 1:
+            raise ValueError(f"ladd.on_policy is {self.on_policy}; it must be in [0, 1]")
+
+
+def hinge_loss(real: Sequence[jax.Array], fake: Sequence[jax.Array]) -> jax.Array:
+    """Σ_k mean relu(1 − real_k) + mean relu(1 + fake_k), of the logits of each head."""
+    return sum(jnp.mean(jax.nn.relu(1 - x)) for x in real) + sum(
+        jnp.mean(jax.nn.relu(1 + x)) for x in fake
+    )
+
+
+def gradient_penalty(
+    logits: Callable[[Sequence[jax.Array]], Sequence[jax.Array]], features: Sequence[jax.Array]
+) -> jax.Array:
+    """R1 at the heads' inputs: Σ_k mean over samples of ‖∂ΣD_k/∂F_k‖².
+
+    A head sees its own features alone, so that one gradient of the sum of all logits gives all.
+    """
+    grads = jax.grad(lambda f: sum(jnp.sum(x) for x in logits(f)))(tuple(features))
+    return sum(jnp.sum(jnp.square(g.astype(jnp.float32))) / len(g) for g in grads)
+
+
+def mismatched(batch: TokenBatch, is_text: jax.Array) -> TokenBatch:
+    """Each example with the text of the one before where `is_text` [B], else its references."""
+
+    def exchange(x, which):
+        return jnp.where(which.reshape(-1, *(1,) * (x.ndim - 1)), jnp.roll(x, 1, axis=0), x)
+
+    if batch.ctx is None:
+        is_text = jnp.ones_like(is_text)
+    return batch.replace(
+        txt=exchange(batch.txt, is_text),
+        vec=exchange(batch.vec, is_text),
+        ctx=None if batch.ctx is None else exchange(batch.ctx, ~is_text),
+    )
+
+
+def make_ladd(
+    predict: Predict,
+    features: Features,
+    heads: Adversary,
+    init_params: Callable[[jax.Array], Params],
+    optimizer: optax.GradientTransformation,
+    config: LADDConfig,
+    *,
+    takes_guidance: bool,
+    ema_decay: float = 0.0,
+    accumulate_steps: int = 1,
+    learning_rate: Callable[[jax.Array], jax.Array] | None = None,
+) -> Objective:
+    """LADD as an `Objective` over `TokenBatch`es; the heads' state is `state.extra`.
+
+    Metrics, beside those of `make_adversarial_step` (`loss` is L_G): `discriminator/loss`, without
+    the penalty; `discriminator/r1`; mean logits `discriminator/real/K` and `fake/K` of head K;
+    `discriminator/active`, the share of hinges that are not zero; `discriminator/accuracy/I` for
+    s in part I of [0, 1]; `x0_grad`, the norm of ∂L_G/∂x̂0; `x0_std`, the deviation of x̂0 over that
+    of x0. Nothing of these tells whether modes are lost: only samples do.
+
+    `evaluate` compares x̂0 with x0 for each student time I, with noise from key and sample index
+    alone: `feature_distance/I`, the mean squared difference of features at the median s and with
+    the same noise', and `x0_std/I`. Its `loss` is their mean feature distance.
+
+    Args:
+      predict: the student's velocity of the target tokens.
+      features: see `Features`.
+      heads: its logits are (params, features, s [B], batch) → one array [B, …] for each of them.
+      init_params: key → fresh float32 parameters of the student.
+      takes_guidance: whether the student has an input for guidance.
+      ema_decay: see `make_gradient_step`, as for the rest.
+
+    Raises:
+      ValueError: the batch has one example while negatives need another.
+    """
+    check_step_options(ema_decay, accumulate_steps)
+    times = jnp.asarray(config.timesteps, jnp.float32)
+
+    def normals(key, use, sample_index, shape):
+        keys = sample_keys(key, use, sample_index)
+        return jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
+
+    def denoise(params, frozen, batch, x_t, t):
+        """x̂0 and the velocity, float32."""
+        guidance = jnp.full(t.shape, config.guidance, jnp.float32) if takes_guidance else None
+        velocity = predict(params, frozen, x_t, t, batch, guidance).astype(jnp.float32)
+        return x_t - t[:, None, None] * velocity, velocity
+
+    def rollout(params, frozen, batch, noise, index):
+        """Where Euler steps from noise are at times[index] [B]; no gradient."""
+
+        def step(carry, i):
+            x, found = carry
+            t = jnp.full(index.shape, times[i])
+            _, velocity = denoise(params, frozen, batch, x, t)
+            x = x + (times[i + 1] - times[i]) * velocity
+            return (x, jnp.where((index == i + 1)[:, None, None], x, found)), None
+
+        (_, found), _ = lax.scan(step, (noise, noise), jnp.arange(len(times) - 1))
+        return lax.stop_gradient(found)
+
+    def draw_inputs(params, frozen, batch, probabilities, key, sample_index):
+        """x_t and t of the student."""
+        x0 = batch.x0.astype(jnp.float32)
+        noise = normals(key, "noise", sample_index, x0.shape[1:])
+        index = jax.vmap(lambda k: jax.random.categorical(k, jnp.log(probabilities)))(
+            sample_keys(key, "t", sample_index)
+        )
+        x_t = flow.interpolate(x0, noise, times[index])
+        if config.on_policy:
+            keys = sample_keys(key, "on_policy", sample_index)
+            is_own = jax.vmap(jax.random.bernoulli, (0, None))(keys, config.on_policy)
+            own = rollout(params, frozen, batch, noise, index)
+            x_t = jnp.where(is_own[:, None, None], own, x_t)
+        return x_t, times[index]
+
+    def look(frozen, x, batch, key, use, sample_index):
+        """Features of x at a random s, a function of x; and s [B]."""
+        logit = normals(key, f"{use}_s", sample_index, ())
+        s = jax.nn.sigmoid(config.renoise_mean + config.renoise_sigma * logit)
+        s = jnp.clip(s, *config.renoise_range)
+        noise = normals(key, f"{use}_noise", sample_index, x.shape[1:])
+
+        def seen(x):
+            return tuple(features(frozen, flow.interpolate(x, noise, s), s, batch))
+
+        return seen, s
+
+    def discriminate(frozen, batch, fake, fake_s, key, sample_index):
+        """L_D by the heads' parameters: params → (loss, metrics); the features are numbers."""
+        x0 = batch.x0.astype(jnp.float32)
+        see, real_s = look(frozen, x0, batch, key, "real", sample_index)
+        real = see(x0)
+        if config.negative_weight:
+            if num_samples(batch) < 2:
+                raise ValueError(
+                    "ladd.negative_weight needs the text of another example, but a micro-batch has "
+                    "one; raise batch_size or lower accumulate_steps"
+                )
+            keys = sample_keys(key, "negative", sample_index)
+            is_text = jax.vmap(jax.random.bernoulli)(keys)
+            other = mismatched(batch, is_text)
+            see, negative_s = look(frozen, x0, other, key, "negative", sample_index)
+            negative = see(x0)
+
+        def loss_fn(params):
+            of_real = heads.logits(params, real, real_s, batch)
+            of_fake = heads.logits(params, fake, fake_s, batch)
+            loss = hinge_loss(of_real, of_fake)
+            metrics = _judgement(of_real, of_fake, real_s, fake_s) | {"discriminator/loss": loss}
+            if config.r1_weight:
+                penalty = gradient_penalty(lambda f: heads.logits(params, f, real_s, batch), real)
+                metrics["discriminator/r1"] = penalty
+                loss += config.r1_weight * penalty
+            if config.negative_weight:
+                of_other = heads.logits(params, negative, negative_s, other)
+                further = hinge_loss((), of_other)
+                metrics["discriminator/negative_loss"] = further
+                loss += config.negative_weight * further
+            return loss, metrics
+
+        return loss_fn
+
+    def heads_gradient(params, frozen, batch, key, sample_index):
+        """As `objectives.base.GradientFn`, for the heads alone."""
+        probabilities, student, frozen = frozen
+        x_t, t = draw_inputs(student, frozen, batch, probabilities, key, sample_index)
+        x0_hat, _ = denoise(student, frozen, batch, x_t, t)
+        see, s = look(frozen, x0_hat, batch, key, "fake", sample_index)
+        loss_fn = discriminate(frozen, batch, see(x0_hat), s, key, sample_index)
+        return jax.value_and_grad(loss_fn, has_aux=True)(params)
+
+    def gradient(params: Networks, frozen, batch, key, sample_index):
+        """As `objectives.base.GradientFn`, for both."""
+        _, (probabilities, frozen) = frozen
+        x_t, t = draw_inputs(params.generator, frozen, batch, probabilities, key, sample_index)
+
+        def student(p):
+            return denoise(p, frozen, batch, x_t, t)[0]
+
+        x0_hat, pull_student = jax.vjp(student, params.generator)
+        see, s = look(frozen, x0_hat, batch, key, "fake", sample_index)
+        seen, pull_teacher = jax.vjp(see, x0_hat)
+
+        def fooled(seen):
+            logits = heads.logits(params.discriminator, seen, s, batch)
+            return sum(generator_loss(x, "hinge") for x in logits)
+
+        loss, by_seen = jax.value_and_grad(fooled)(seen)
+        (by_x0,) = pull_teacher(by_seen)
+        (grads,) = pull_student(by_x0)
+        loss_fn = discriminate(frozen, batch, seen, s, key, sample_index)
+        (_, metrics), heads_grads = jax.value_and_grad(loss_fn, has_aux=True)(params.discriminator)
+        metrics |= {
+            "x0_grad": jnp.linalg.norm(by_x0.ravel()),
+            "x0_std": jnp.std(x0_hat) / jnp.std(batch.x0.astype(jnp.float32)),
+        }
+        return (loss, metrics), Networks(grads, heads_grads)
+
+    joint_step = make_adversarial_step(
+        gradient,
+        optimizer,
+        heads,
+        0,
+        ema_decay=ema_decay,
+        accumulate_steps=accumulate_steps,
+        learning_rate=learning_rate,
+    )
+
+    def step(state: TrainState, frozen, batch: TokenBatch, key):
+        is_warm = state.step < config.warmup_steps
+        given = jnp.asarray([config.warmup_probabilities, config.probabilities], jnp.float32)
+        probabilities = jnp.where(is_warm, given[0], given[1])
+        step_key = use_key(jax.random.fold_in(key, state.step), "heads alone")
+
+        def update_heads(heads_state, i):
+            loss, _, grads = mean_gradient(
+                heads_gradient,
+                heads_state.params,
+                (probabilities, state.params, frozen),
+                batch,
+                jax.random.fold_in(step_key, i),
+                accumulate_steps,
+            )
+            is_finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+            return advance(heads_state, grads, is_finite, heads.optimizer)[0], None
+
+        if config.discriminator_steps > 1:
+            extra, _ = lax.scan(
+                update_heads, state.extra, jnp.arange(config.discriminator_steps - 1)
+            )
+            state = state.replace(extra=extra)
+        return joint_step(state, (probabilities, frozen), batch, key)
+
+    def evaluate(params, frozen, batch: TokenBatch, key):
+        x0 = batch.x0.astype(jnp.float32)
+        sample_index = jnp.arange(num_samples(batch), dtype=jnp.int32)
+        noise = normals(key, "noise", sample_index, x0.shape[1:])
+        other_noise = normals(key, "fake_noise", sample_index, x0.shape[1:])
+        s = jnp.full(len(x0), jax.nn.sigmoid(config.renoise_mean))
+
+        def seen(x):
+            return features(frozen, flow.interpolate(x, other_noise, s), s, batch)
+
+        real = seen(x0)
+
+        def compare(t):
+            t = jnp.full(len(x0), t)
+            x0_hat, _ = denoise(params, frozen, batch, flow.interpolate(x0, noise, t), t)
+            return _feature_distance(seen(x0_hat), real), jnp.std(x0_hat) / jnp.std(x0)
+
+        distances, stds = lax.map(compare, times)
+        metrics = {"loss": jnp.mean(distances)}
+        for i in range(len(times)):
+            metrics |= {f"feature_distance/{i}": distances[i], f"x0_std/{i}": stds[i]}
+        return metrics
+
+    def init(key: jax.Array) -> TrainState:
+        return start_ladd(init_params(key), optimizer, heads, key, with_ema=ema_decay > 0)
+
+    return Objective(init=init, step=step, evaluate=evaluate)
+
+
+def start_ladd(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    heads: Adversary,
+    key: jax.Array,
+    *,
+    with_ema: bool,
+) -> TrainState:
+    """The state before the first step; the heads are drawn by `key`."""
+    extra = start_adversary(heads, use_key(key, "heads"))
+    return make_train_state(params, optimizer, with_ema=with_ema, extra=extra)
+
+
+def _judgement(real, fake, real_s, fake_s) -> Metrics:
+    """What the heads say, by head and by s."""
+    metrics = {}
+    for k, (r, f) in enumerate(zip(real, fake, strict=True)):
+        metrics |= {
+            f"discriminator/real/{k}": jnp.mean(r),
+            f"discriminator/fake/{k}": jnp.mean(f),
+        }
+    active = [jnp.mean(r < 1) + jnp.mean(f > -1) for r, f in zip(real, fake, strict=True)]
+    metrics["discriminator/active"] = sum(active) / (2 * len(active))
+    is_right = [_shares([r > 0 for r in real]), _shares([f < 0 for f in fake])]  # [B] each
+    s, right = jnp.concatenate([real_s, fake_s]), jnp.concatenate(is_right)
+    part = jnp.clip((s * NUM_ACCURACY_BINS).astype(jnp.int32), 0, NUM_ACCURACY_BINS - 1)
+    for i in range(NUM_ACCURACY_BINS):
+        name = f"discriminator/accuracy/{i}"
+        metrics |= {
+            f"{name}/sum": jnp.sum(jnp.where(part == i, right, 0)),
+            f"{name}/count": jnp.sum(part == i).astype(jnp.float32),
+        }
+    return metrics
+
+
+def _shares(maps: Sequence[jax.Array]) -> jax.Array:
+    """Share of true values for each sample, over all maps: [B]."""
+    return sum(jnp.mean(x.reshape(len(x), -1), axis=1) for x in maps) / len(maps)
+
+
+def _feature_distance(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> jax.Array:
+    squares = [jnp.mean(jnp.square((x - y).astype(jnp.float32))) for x, y in zip(a, b, strict=True)]
+    return sum(squares) / len(squares)
