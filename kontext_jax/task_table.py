@@ -3,12 +3,16 @@
 from collections.abc import Callable
 
 from kontext_jax.autoencoder_task import AutoencoderTask
+from kontext_jax.distillation_task import GuidanceDistillationTask
 from kontext_jax.flow_matching_task import FlowMatchingTask
+from kontext_jax.ladd_task import LADDTask
 from kontext_jax.train_config import TrainConfig
 from kontext_jax.training_tasks import OpenWeights, Task
 
 TASKS: dict[str, Callable[[TrainConfig, OpenWeights], Task]] = {
     "flow_matching": FlowMatchingTask,
+    "guidance_distillation": GuidanceDistillationTask,
+    "ladd": LADDTask,
     "autoencoder": AutoencoderTask,
 }
 

@@ -15,11 +15,14 @@ import ml_collections
 from kontext_jax import config_tree
 from kontext_jax.data.config import DataConfig
 from kontext_jax.models.discriminators import DiscriminatorConfig
+from kontext_jax.models.feature_heads import FeatureHeadsConfig
 from kontext_jax.models.lora import LoraConfig
 from kontext_jax.models.mmdit import Remat
 from kontext_jax.models.presets import PRESETS, Preset
 from kontext_jax.objectives.autoencoder import AutoencoderConfig
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig
+from kontext_jax.objectives.guidance_distillation import GuidanceDistillationConfig
+from kontext_jax.objectives.ladd import LADDConfig
 from kontext_jax.ops.attention import Backend
 from kontext_jax.optimizer import OptimizerConfig
 from kontext_jax.requests import did_you_mean
@@ -27,6 +30,9 @@ from kontext_jax.sharding import MeshConfig
 from kontext_jax.training_checkpoints import CheckpointConfig
 
 REQUIRED = "REQUIRED"  # stands in a config file where only the user can know the value
+
+ObjectiveName = Literal["flow_matching", "guidance_distillation", "ladd", "autoencoder"]
+DISTILLATIONS = ("guidance_distillation", "ladd")  # objectives with a teacher
 
 DISCRIMINATOR_DEFAULTS = {
     "discriminator": DiscriminatorConfig(),
@@ -121,10 +127,14 @@ class TrainConfig:
     """A training run.
 
     Attributes:
-      objective: "flow_matching" trains the transformer, "autoencoder" the autoencoder.
+      objective: "flow_matching" trains the transformer, "autoencoder" the autoencoder;
+        "guidance_distillation" trains a transformer to do in one pass what its teacher does in two,
+        "ladd" one to do in few steps what its teacher does in many.
       preset: which model, of `kontext_jax.models.presets`.
       weights: what the trained network starts from: a weight directory, a run's folder, or
         published weights; "" draws it afresh.
+      teacher: likewise the frozen transformer that the student of a distillation learns from; ""
+        for that of `weights`. Of a run, as of `weights`, the average is taken where there is one.
       encoders: likewise where the frozen text encoders and the autoencoder are; "" for where
         `weights` is. The tiny preset alone has untrained ones for nothing.
       autoencoder_weights: where the frozen autoencoder is, if not with the text encoders.
@@ -141,9 +151,10 @@ class TrainConfig:
       max_skipped_in_a_row: training stops when so many steps in a row gave no finite numbers.
     """
 
-    objective: Literal["flow_matching", "autoencoder"] = "flow_matching"
+    objective: ObjectiveName = "flow_matching"
     preset: str = "kontext-dev"
     weights: str = ""
+    teacher: str = ""
     encoders: str = ""
     autoencoder_weights: str = ""
     train: Literal["full", "lora"] = "full"
@@ -157,11 +168,16 @@ class TrainConfig:
     ema_decay: float = 0.9999
     max_skipped_in_a_row: int = 10
     flow: FlowMatchingConfig = dataclasses.field(default_factory=FlowMatchingConfig)
+    guidance_distillation: GuidanceDistillationConfig = dataclasses.field(
+        default_factory=GuidanceDistillationConfig
+    )
+    ladd: LADDConfig = dataclasses.field(default_factory=LADDConfig)
     autoencoder: AutoencoderConfig = dataclasses.field(default_factory=AutoencoderConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    heads: FeatureHeadsConfig = dataclasses.field(default_factory=FeatureHeadsConfig)
     discriminator: DiscriminatorConfig = dataclasses.field(default_factory=DiscriminatorConfig)
     discriminator_optimizer: OptimizerConfig = DISCRIMINATOR_DEFAULTS["discriminator_optimizer"]
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
@@ -214,6 +230,7 @@ class TrainConfig:
                     f"remat is {self.remat!r}, which the transformer alone has; an autoencoder "
                     "takes 'none' or 'full'"
                 )
+        self._check_distillation()
         self._check_discriminator()
         if self.flow.guidance in ("fixed", "range") and not self.model.mmdit.guidance_embed:
             raise ValueError(
@@ -227,22 +244,45 @@ class TrainConfig:
                 f"eval.sample_guidance is {sample_guidance:g}, but {self.preset} takes no guidance"
             )
 
-    def _check_discriminator(self) -> None:
-        loss = self.autoencoder
-        if loss.adversarial_weight:
-            if self.discriminator_optimizer.name != "adamw":
+    def _check_distillation(self) -> None:
+        if self.objective not in DISTILLATIONS:
+            if self.teacher:
                 raise ValueError(
-                    f"discriminator_optimizer.name is {self.discriminator_optimizer.name!r}, which "
-                    "is for the transformer's matrices; choose 'adamw'"
-                )
-            if loss.adversarial_start_step >= self.num_steps:
-                raise ValueError(
-                    f"autoencoder.adversarial_start_step is {loss.adversarial_start_step}, but the "
-                    f"run has {self.num_steps} steps, so the discriminator would never begin; "
-                    "lower it"
+                    f"teacher is {self.teacher!r}, but the objective {self.objective} has none"
                 )
             return
-        for section in ("discriminator", "discriminator_optimizer"):
+        if not self.weights:
+            raise ValueError(
+                f"the objective {self.objective} starts from weights, and there are none; set "
+                "weights to those of the teacher"
+            )
+        if self.train == "lora":
+            raise ValueError(f"train is 'lora', which the objective {self.objective} has not")
+        if self.objective == "guidance_distillation" and not self.model.mmdit.guidance_embed:
+            raise ValueError(
+                f"{self.preset} takes no guidance, so none can be distilled into it; set preset to "
+                "one that does, of the same size (kontext-dev for kontext-base)"
+            )
+
+    def _check_discriminator(self) -> None:
+        loss = self.autoencoder
+        has_pictures = loss.adversarial_weight > 0
+        has_heads = self.objective == "ladd"
+        if (has_pictures or has_heads) and self.discriminator_optimizer.name != "adamw":
+            raise ValueError(
+                f"discriminator_optimizer.name is {self.discriminator_optimizer.name!r}, which is "
+                "for the transformer's matrices; choose 'adamw'"
+            )
+        if has_pictures and loss.adversarial_start_step >= self.num_steps:
+            raise ValueError(
+                f"autoencoder.adversarial_start_step is {loss.adversarial_start_step}, but the "
+                f"run has {self.num_steps} steps, so the discriminator would never begin; "
+                "lower it"
+            )
+        unused = [] if has_pictures else ["discriminator"]
+        if not (has_pictures or has_heads):
+            unused.append("discriminator_optimizer")
+        for section in unused:
             default = config_tree.to_dict(DISCRIMINATOR_DEFAULTS[section])
             for name, value in config_tree.to_dict(getattr(self, section)).items():
                 if value != default[name]:
@@ -262,6 +302,8 @@ class TrainConfig:
             self.data,
             sources=self.eval.sources,
             cache=self.eval.cache,
+            synthetic_cache="",
+            synthetic_share=DataConfig.synthetic_share,
             weights=(),
             random_crop=False,
             flip=False,
@@ -274,6 +316,9 @@ class TrainConfig:
 SECTIONS = {
     "lora": ("train", "lora"),
     "flow": ("objective", "flow_matching"),
+    "guidance_distillation": ("objective", "guidance_distillation"),
+    "ladd": ("objective", "ladd"),
+    "heads": ("objective", "ladd"),
     "autoencoder": ("objective", "autoencoder"),
 }
 

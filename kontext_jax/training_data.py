@@ -12,6 +12,7 @@ from kontext_jax.data.batches import Batches
 from kontext_jax.data.cache import CachedBatches, EncodedCache
 from kontext_jax.data.config import DataConfig
 from kontext_jax.data.loader import make_loader
+from kontext_jax.data.mixing import MixedBatches
 from kontext_jax.processes import from_all
 from kontext_jax.train_config import TrainConfig
 
@@ -56,19 +57,28 @@ def _open(
 ) -> OpenData:
     index, count = reading.share
     if data.cache:
-        cache = EncodedCache(data.cache, facts())
-        batches = CachedBatches(
-            cache,
-            batch_size=batch_size,
-            seed=seed,
-            fraction_with_references=data.fraction_with_references,
-            reference_dropout=data.reference_dropout,
-            process_index=index,
-            process_count=count,
-            threads=data.threads,
-            prefetch=data.prefetch,
-        )
-        return OpenData(batches, len(cache), cache.null_text())
+        expected = facts()
+        folders = [EncodedCache(data.cache, expected)]
+        shares = [1.0]
+        if data.synthetic_cache:
+            folders.append(EncodedCache(data.synthetic_cache, expected))
+            shares = [1 - data.synthetic_share, data.synthetic_share]
+        streams = [
+            CachedBatches(
+                cache,
+                batch_size=batch_size,
+                seed=seed,
+                fraction_with_references=data.fraction_with_references,
+                reference_dropout=data.reference_dropout,
+                process_index=index,
+                process_count=count,
+                threads=data.threads,
+                prefetch=data.prefetch,
+            )
+            for cache in folders
+        ]
+        batches = streams[0] if len(streams) == 1 else MixedBatches(streams, shares, seed)
+        return OpenData(batches, sum(map(len, folders)), folders[0].null_text())
     loader = make_loader(
         data,
         batch_size=batch_size,

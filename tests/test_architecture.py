@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ENTRY_POINTS = {"sample.py", "train.py", "encode.py", "edits.py", "reconstruction.py"}
+ENTRY_POINTS = {
+    "sample.py",
+    "train.py",
+    "encode.py",
+    "edits.py",
+    "reconstruction.py",
+    "distilled.py",
+    "multi_turn.py",
+}
 
 # Rooms from the ground up; a room imports from rooms on lower floors, or on its own.
 FLOORS = {
@@ -30,7 +38,16 @@ FLOORS = {
         "checksums",
         "command_line",
     ),
-    1: ("placement", "ops", "latents", "flow", "tensor_files", "step_folders"),
+    1: (
+        "guidance",
+        "model_card",
+        "placement",
+        "ops",
+        "latents",
+        "flow",
+        "tensor_files",
+        "step_folders",
+    ),
     2: (
         "models",
         "tokenizing",
@@ -68,6 +85,8 @@ FLOORS = {
         "training_journal",
         "transformer_task",
         "flow_matching_task",
+        "ladd_task",
+        "distillation_task",
         "autoencoder_task",
     ),
     7: ("task_table",),

@@ -43,6 +43,9 @@ class DataConfig:
       workers: processes that read and decode beside the training process; 0 for threads alone.
       prefetch: batches to have ready.
       cache: folder of encoded examples (kontext_jax.data.encode) instead of sources.
+      synthetic_cache: beside `cache`, a folder of examples whose targets are a model's own results
+        (kontext_jax.data.synthesize).
+      synthetic_share: part of the steps that take examples from there; each step is of one folder.
     """
 
     sources: tuple[str, ...] = ()
@@ -67,6 +70,8 @@ class DataConfig:
     workers: int = 0
     prefetch: int = 4
     cache: str = ""
+    synthetic_cache: str = ""
+    synthetic_share: float = 0.5
 
     def check(self) -> None:
         """Raises ValueError for values that are out of range or contradict each other."""
@@ -87,6 +92,7 @@ class DataConfig:
                 f"data.largest_aspect_mismatch is {mismatch:g}; expected a ratio of at least 1, "
                 "such as 1.1, or 0 for any"
             )
+        self._check_synthetic()
         if self.filter_function and self.filter_command:
             raise ValueError("data.filter_function and data.filter_command contradict; drop one")
         if self.filter_function and self.filter_function.count(":") != 1:
@@ -117,6 +123,8 @@ class DataConfig:
         """A cache was cut and filtered when it was made; only the mix can still be chosen."""
         free = {
             "cache",
+            "synthetic_cache",
+            "synthetic_share",
             "fraction_with_references",
             "reference_dropout",
             "threads",
@@ -131,6 +139,25 @@ class DataConfig:
             raise ValueError(
                 f"data.cache {self.cache} holds examples that are already cut and encoded, so "
                 f"{', '.join('data.' + name for name in given)} cannot apply; drop one or the other"
+            )
+
+    def _check_synthetic(self) -> None:
+        share = self.synthetic_share
+        if not self.synthetic_cache:
+            if share != DataConfig.synthetic_share:
+                raise ValueError(
+                    f"data.synthetic_share is {share:g}, but there is no data.synthetic_cache"
+                )
+            return
+        if not self.cache:
+            raise ValueError(
+                "data.synthetic_cache is mixed with data.cache, which is empty; encode the "
+                "examples first, or set data.cache to train on synthetic ones alone"
+            )
+        if not 0 < share < 1:
+            raise ValueError(
+                f"data.synthetic_share is {share:g}; expected a number between 0 and 1 (for "
+                "synthetic examples alone, set data.cache)"
             )
 
     def _check_sizes(self) -> None:

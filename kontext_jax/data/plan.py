@@ -121,7 +121,7 @@ class Plan:
             epoch, place = self._epoch_of(with_references, ordinal)
             k, j = self._epoch_batches(with_references, epoch)[place]
             examples = self._sequence(int(k), int(j) * self.batch_size, epoch)
-        dropped = with_references and _uniform(self.seed, "drop", step) < self.reference_dropout
+        dropped = with_references and uniform(self.seed, "drop", step) < self.reference_dropout
         kind = self.kinds[k]
         if dropped:
             kind = Kind(kind.target)
@@ -258,7 +258,7 @@ def _random_order(count: int, *words) -> np.ndarray:
     return np.argsort(_raw(count, *words), kind="stable")
 
 
-def _uniform(*words) -> float:
+def uniform(*words) -> float:
     """A number in [0, 1)."""
     return int(_raw(1, *words)[0] >> np.uint64(11)) * 2.0**-53
 

@@ -9,7 +9,7 @@ features together; dropping the references is text to image, a batch without the
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,13 @@ import optax
 
 from kontext_jax import flow
 from kontext_jax.objectives.base import (
-    Metrics,
     Objective,
     TokenBatch,
     make_gradient_step,
     num_samples,
     sample_keys,
-    use_key,
 )
+from kontext_jax.objectives.draws import TimesConfig, draw_noise, even_times, means_by_time
 from kontext_jax.train_state import make_train_state
 from kontext_jax.types import Params
 
@@ -39,20 +38,10 @@ remains after dropout.
 
 
 @dataclasses.dataclass(frozen=True)
-class FlowMatchingConfig:
+class FlowMatchingConfig(TimesConfig):
     """Which times, texts and guidance a network is trained at.
 
-    Attributes:
-      timestep_distribution: "logit_normal" (the paper's), "uniform" or SD3's "mode"; each is
-        shifted by e^mu.
-      timestep_mode: where mu comes from: "flux_linear" (the line of sampling, by target tokens),
-        "sqrt_ratio" (SD3's law) or "const".
-      timestep_mu: mu of "const".
-      timestep_base_tokens: target tokens at which "sqrt_ratio" does not shift.
-      timestep_sigma: standard deviation of logit t, of "logit_normal".
-      timestep_mode_scale: s of "mode".
-      timestep_grid: N puts times on the grid 1/N … 1 as diffusers' trainers do (1000 there); 0
-        keeps them continuous.
+    Attributes, beside those of `TimesConfig`:
       loss_weighting: "none", since the density of t weights already; "sigma_sqrt" and "cosmap" are
         those of diffusers' trainers.
       text_dropout: probability that a sample's text is replaced by the empty prompt's features.
@@ -66,13 +55,8 @@ class FlowMatchingConfig:
       latent_variance: variance of a channel of the latents, for the Gaussian floor in the log.
     """
 
-    timestep_distribution: flow.TimestepDistribution = "logit_normal"
-    timestep_mode: flow.TimestepMode = "flux_linear"
-    timestep_mu: float = 0.0
-    timestep_base_tokens: int = 256
-    timestep_sigma: float = 1.0
-    timestep_mode_scale: float = 1.29
-    timestep_grid: int = 0
+    SECTION: ClassVar[str] = "flow"
+
     loss_weighting: flow.LossWeighting = "none"
     text_dropout: float = 0.1
     guidance: Guidance = "auto"
@@ -82,50 +66,15 @@ class FlowMatchingConfig:
     latent_variance: float = 1.0
 
     def __post_init__(self):
-        choices = {
-            "timestep_distribution": flow.TimestepDistribution,
-            "timestep_mode": flow.TimestepMode,
-            "loss_weighting": flow.LossWeighting,
-            "guidance": Guidance,
-        }
-        for field, literal in choices.items():
-            value = getattr(self, field)
-            if value not in get_args(literal):
-                raise ValueError(
-                    f"flow.{field} is {value!r}; choose {', '.join(get_args(literal))}"
-                )
+        super().__post_init__()
+        self.check_choice("loss_weighting", flow.LossWeighting)
+        self.check_choice("guidance", Guidance)
         if not 0 <= self.text_dropout <= 1:
             raise ValueError(f"flow.text_dropout is {self.text_dropout}; it must be in [0, 1]")
-        for field in (
-            "timestep_sigma", "timestep_base_tokens", "num_loss_bins", "latent_variance",
-        ):  # fmt: skip
-            if not getattr(self, field) > 0:
-                raise ValueError(f"flow.{field} is {getattr(self, field)}; it must be positive")
-        if self.timestep_grid < 0:
-            raise ValueError(f"flow.timestep_grid is {self.timestep_grid}; it must be 0 or more")
-        if not -1 <= self.timestep_mode_scale <= 1.75:  # 2/(π − 2)
-            raise ValueError(
-                f"flow.timestep_mode_scale is {self.timestep_mode_scale}; beyond [-1, 1.75] times "
-                "would not stay in order"
-            )
-        low_high = tuple(self.guidance_range)
-        if len(low_high) != 2 or not low_high[0] < low_high[1]:
-            raise ValueError(f"flow.guidance_range is {low_high}; give (low, high), low < high")
-        for field, selector, serves in (
-            ("timestep_mu", "timestep_mode", ("const",)),
-            ("timestep_base_tokens", "timestep_mode", ("sqrt_ratio",)),
-            ("timestep_sigma", "timestep_distribution", ("logit_normal",)),
-            ("timestep_mode_scale", "timestep_distribution", ("mode",)),
-            ("guidance_value", "guidance", ("auto", "fixed")),
-            ("guidance_range", "guidance", ("range",)),
-        ):
-            given, default = getattr(self, field), type(self).__dataclass_fields__[field].default
-            if given != default and getattr(self, selector) not in serves:
-                raise ValueError(
-                    f"flow.{field} is {given}, but flow.{selector} is "
-                    f"{getattr(self, selector)!r}; it applies to {' and '.join(serves)} only: "
-                    f"leave it at {default}"
-                )
+        self.check_positive("num_loss_bins", "latent_variance")
+        self.check_range("guidance_range")
+        self.check_idle("guidance_value", "guidance", "auto", "fixed")
+        self.check_idle("guidance_range", "guidance", "range")
 
 
 def velocity_loss(
@@ -199,50 +148,28 @@ def make_flow_matching(
         keys = sample_keys(key, "guidance", sample_index)
         return jax.vmap(lambda k: jax.random.uniform(k, (), jnp.float32, low, high))(keys)
 
-    def draw_times(key, sample_index, num_image_tokens):
-        mu = flow.training_mu(
-            config.timestep_mode,
-            num_image_tokens,
-            const_mu=config.timestep_mu,
-            base_tokens=config.timestep_base_tokens,
-        )
-        t = jax.vmap(
-            lambda k: flow.sample_training_times(
-                k,
-                (),
-                mu,
-                distribution=config.timestep_distribution,
-                sigma=config.timestep_sigma,
-                mode_scale=config.timestep_mode_scale,
-            )
-        )(sample_keys(key, "t", sample_index))
-        return flow.on_trainer_grid(1 - t, config.timestep_grid)[1] if config.timestep_grid else t
-
     def losses(params, frozen, batch, key, sample_index, t):
         """Unweighted loss of each sample [b], and its metrics."""
-        keys = sample_keys(key, "noise", sample_index)
-        shape = batch.x0.shape[1:]
-        noise = jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
+        noise = draw_noise(key, sample_index, batch.x0.shape[1:])
         guidance = draw_guidance(key, sample_index)
         loss = velocity_loss(predict, params, frozen, batch, noise, t, guidance)
         task = "t2i" if batch.ctx is None else "edit"
         metrics = {f"loss_{task}/sum": jnp.sum(loss), f"loss_{task}/count": jnp.float32(loss.size)}
         floor = flow.gaussian_loss_floor(t, config.latent_variance)
-        metrics |= _by_time(t, {"loss_t": loss, "loss_t_over_floor": loss / floor}, config)
+        by_time = {"loss_t": loss, "loss_t_over_floor": loss / floor}
+        metrics |= means_by_time(t, by_time, config.num_loss_bins)
         return loss, metrics
 
     def loss_fn(params, frozen, batch, key, sample_index):
         batch, text_drop_rate = _drop_text(batch, key, sample_index, config.text_dropout)
-        t = draw_times(key, sample_index, batch.x0.shape[1])
+        t = config.draw_times(key, sample_index, batch.x0.shape[1])
         loss, metrics = losses(params, frozen, batch, key, sample_index, t)
         weighted = jnp.mean(flow.loss_weight(config.loss_weighting, t) * loss)
         return weighted, metrics | {"text_drop_rate": text_drop_rate}
 
     def evaluate(params, frozen, batch, key):
         sample_index = jnp.arange(num_samples(batch), dtype=jnp.int32)
-        bins = config.num_loss_bins
-        first = jax.random.randint(use_key(key, "t"), (), 0, bins)
-        t = ((sample_index + first) % bins + 0.5) / bins
+        t = even_times(key, sample_index.size, config.num_loss_bins)
         loss, metrics = losses(params, frozen, batch, key, sample_index, t)
         return metrics | {"loss/sum": jnp.sum(loss), "loss/count": jnp.float32(loss.size)}
 
@@ -286,17 +213,3 @@ def _drop_text(
     txt = jnp.where(is_dropped[:, None, None], batch.null_txt.astype(batch.txt.dtype), batch.txt)
     vec = jnp.where(is_dropped[:, None], batch.null_vec.astype(batch.vec.dtype), batch.vec)
     return batch.replace(txt=txt, vec=vec), jnp.mean(is_dropped.astype(jnp.float32))
-
-
-def _by_time(t: jax.Array, values: dict[str, jax.Array], config: FlowMatchingConfig) -> Metrics:
-    """Sums and counts of each value [b] over the samples whose t lies in each part of [0, 1]."""
-    bins = config.num_loss_bins
-    index = jnp.clip((t * bins).astype(jnp.int32), 0, bins - 1)
-    is_in_bin = jax.nn.one_hot(index, bins)  # [b, bins]
-    counts = jnp.sum(is_in_bin, axis=0)
-    metrics = {}
-    for name, value in values.items():
-        sums = jnp.sum(is_in_bin * value[:, None], axis=0)
-        for i in range(bins):
-            metrics |= {f"{name}/{i}/sum": sums[i], f"{name}/{i}/count": counts[i]}
-    return metrics

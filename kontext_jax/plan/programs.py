@@ -18,11 +18,11 @@ from kontext_jax import conditioning, sharding
 from kontext_jax.checkpoint import parameter_shapes, untrained_bundle
 from kontext_jax.compiler_options import Purpose
 from kontext_jax.data.buckets import bucket_sizes
-from kontext_jax.models.presets import Preset
+from kontext_jax.models.presets import PRESETS, Preset
 from kontext_jax.ops.attention import backend_for
 from kontext_jax.plan.targets import Target
 from kontext_jax.task_table import make_task
-from kontext_jax.train_config import TrainConfig
+from kontext_jax.train_config import DISTILLATIONS, TrainConfig
 from kontext_jax.train_loop import abstract_state, check_batch_size, tree_bytes
 from kontext_jax.training_tasks import DTYPES
 from kontext_jax.transformer_task import UNTRAINED
@@ -68,10 +68,12 @@ def without_weights(config: TrainConfig, platform: str) -> TrainConfig:
     backend = config.attention_backend
     if backend == "auto":
         backend = backend_for(platform, config.model.mmdit.head_dim, DTYPES[config.dtype])
-    trains_mmdit = config.objective == "flow_matching"
+    trains_mmdit = config.objective != "autoencoder"
+    begins_with_some = config.train == "lora" or config.objective in DISTILLATIONS
     return dataclasses.replace(
         config,
-        weights=UNTRAINED if config.train == "lora" else "",
+        weights=UNTRAINED if begins_with_some else "",
+        teacher="",
         encoders=UNTRAINED if trains_mmdit else "",
         autoencoder_weights="",
         attention_backend=backend,
@@ -84,7 +86,7 @@ def default_inputs(config: TrainConfig) -> tuple[tuple[int, int], int]:
     square = (config.data.resolution,) * 2
     size = square if square in sizes else max(sizes, key=math.prod)
     has_references = config.data.fraction_with_references > 0
-    return size, int(has_references and config.objective == "flow_matching")
+    return size, int(has_references and config.objective != "autoencoder")
 
 
 def training_step(
@@ -98,7 +100,10 @@ def training_step(
     mesh = sharding.make_mesh(config.mesh, target.devices)
     check_batch_size(config, sharding.num_batch_shards(mesh))
     ready = without_weights(config, target.chip.platform)
-    task = make_task(ready, lambda path: untrained_bundle(config.preset))
+    preset = config.preset
+    if config.objective == "guidance_distillation":
+        preset = _unguided(preset)  # what it starts from, and its teacher
+    task = make_task(ready, lambda path: untrained_bundle(preset))
     state = abstract_state(task, mesh)
     frozen = _placed(mesh, task.frozen_shapes(), sharding.state_shardings)
     batch = _placed(
@@ -117,7 +122,7 @@ def training_step(
         "frozen": tree_bytes(frozen),
         "batch": tree_bytes(batch),
     }
-    if config.objective == "flow_matching" and not config.data.cache:
+    if config.objective != "autoencoder" and not config.data.cache:
         held["encoders"] = _encoder_bytes(config, mesh)
     work = task.work(batch)
     width, height = size
@@ -140,6 +145,19 @@ def training_step(
         flops=work.flops,
         images=work.images,
     )
+
+
+def _unguided(name: str) -> str:
+    """The preset whose transformer is that of preset `name` but for the input for guidance.
+
+    Raises:
+      ValueError: there is none.
+    """
+    wanted = dataclasses.replace(PRESETS[name].mmdit, guidance_embed=False)
+    for other in PRESETS.values():
+        if other.mmdit == wanted and other.takes_references == PRESETS[name].takes_references:
+            return other.name
+    raise ValueError(f"no preset is {name} without its input for guidance")
 
 
 def _encoder_bytes(config: TrainConfig, mesh: Mesh) -> float:

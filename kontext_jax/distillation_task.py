@@ -1,0 +1,78 @@
+"""Tasks whose transformer learns from another, frozen one."""
+
+import dataclasses
+from typing import Any
+
+from kontext_jax.checkpoint import ModelBundle, Place
+from kontext_jax.models.presets import MMDiTConfig
+from kontext_jax.objectives.base import TokenBatch
+from kontext_jax.objectives.guidance_distillation import make_guidance_distillation
+from kontext_jax.teacher import Teacher
+from kontext_jax.train_config import TrainConfig
+from kontext_jax.training_tasks import OpenWeights, Work
+from kontext_jax.transformer_task import TransformerTask
+
+# What a teacher and its student must share, since both are given the same tokens and positions.
+SHARED_SIZES = (
+    *("in_channels", "out_channels", "vec_in_dim", "context_in_dim"),
+    *("axes_dim", "theta"),
+)
+
+
+class DistillationTask(TransformerTask):
+    """A student, and its teacher in `frozen["teacher"]`; a subclass sets `objective`.
+
+    The student starts from `config.weights`, and with an input for guidance added where the preset
+    has one and they have not. The teacher is `config.teacher`, or the same weights; its parameters
+    are kept in the compute dtype.
+    """
+
+    def __init__(self, config: TrainConfig, open_weights: OpenWeights):
+        super().__init__(config, open_weights, adds_guidance=True)
+        bundle: ModelBundle = open_weights(config.teacher) if config.teacher else self._start
+        self._teacher = Teacher(bundle, self._dtype, self._backend, config.remat)
+        _check_sizes(self._teacher, self._preset.mmdit)
+        self.sources.insert(1, f"teacher: {self._teacher.source}")
+
+    def frozen_shapes(self) -> Any:
+        return {"teacher": self._teacher.shapes()}
+
+    def load_frozen(self, place: Place) -> Any:
+        return {"teacher": self._teacher.load(place)}
+
+
+class GuidanceDistillationTask(DistillationTask):
+    """Guidance into the transformer's own input, by `objectives.guidance_distillation`."""
+
+    def __init__(self, config: TrainConfig, open_weights: OpenWeights):
+        super().__init__(config, open_weights)
+        self.objective = make_guidance_distillation(
+            self._predict,
+            self._teach,
+            self._init_trained,
+            self._optimizer,
+            config.guidance_distillation,
+            **self._step_options(),
+        )
+
+    def _teach(self, frozen, x_t, t, batch: TokenBatch):
+        return self._teacher.velocity(frozen["teacher"], x_t, t, batch)
+
+    def work(self, batch: TokenBatch) -> Work:
+        images, tokens, forward = self._forward(batch)
+        flops = forward.training() + 2 * forward.forward  # two predictions of the teacher
+        return Work(images, images * tokens, images * flops)
+
+
+def _check_sizes(teacher: Teacher, student: MMDiTConfig) -> None:
+    theirs, ours = map(dataclasses.asdict, (teacher.config, student))
+    differing = [
+        f"{name} {theirs[name]}, the student {ours[name]}"
+        for name in SHARED_SIZES
+        if theirs[name] != ours[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"the teacher ({teacher.source}) takes other tokens than the student: "
+            f"{'; '.join(differing)}; name another by teacher"
+        )
