@@ -11,12 +11,14 @@ from kontext_jax.command_line import Parser
 
 DEMO_IMAGE = "example:shapes"
 DEMO_PROMPT = "make the red circle yellow"
-SHIPPED, UNTRAINED = "tiny", "untrained"  # what --model can name where there are no --weights
+# What --model can name where there are no --weights, besides the models of the package.
+SHIPPED, UNTRAINED = "tiny", "untrained"
 OUTPUTS = Path("outputs")
 PROGRAMS = "programs"  # folder of the cache for programs that are loaded without tracing
 EPILOG = """examples:
   python sample.py                              edits a picture by the small model of the package;
                             kontext_jax/assets/models/tiny/README.md says what that one understands
+  python sample.py --model tiny-fast            the same, distilled to a few steps
   python sample.py --weights FLUX.1-Kontext-dev --image cat.png --prompt "make the cat black"
   python sample.py --weights W --image a.png --prompt "add a hat" --then "make the hat blue"
   python sample.py --weights W --image me.png --image hat.png --prompt "the man wears the hat"
@@ -66,8 +68,20 @@ def make_parser() -> argparse.ArgumentParser:
         "--reference-size", metavar="auto|match", help="match: references keep their own sizes"
     )
 
-    how = parser.add_argument_group("sampling")
+    how = parser.add_argument_group("sampling (default: what the model's own card says)")
     how.add_argument("--steps", type=int, metavar="N")
+    how.add_argument(
+        "--sampler",
+        metavar="euler|renoise",
+        help="renoise: for models distilled to few steps; each step ends in new noise",
+    )
+    how.add_argument(
+        "--timesteps",
+        type=float,
+        nargs="+",
+        metavar="T",
+        help="at which steps begin, falling from 1, instead of --steps and an even grid",
+    )
     how.add_argument("--guidance", type=float, metavar="G", help="for models that take it")
     how.add_argument(
         "--true-cfg", type=float, metavar="S", help="classifier-free guidance, two passes a step"
@@ -102,8 +116,8 @@ def make_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--model",
         metavar="NAME",
-        help="default: what the weights say; without weights tiny, which ships with the package, "
-        "or untrained, whose pictures mean nothing",
+        help="default: what the weights say; without weights tiny or tiny-fast, which ship with "
+        "the package, or untrained, whose pictures mean nothing",
     )
     model.add_argument(
         "--lora",
@@ -167,13 +181,14 @@ def open_weights(
     from kontext_jax.models.presets import PRESETS
     from kontext_jax.requests import did_you_mean
 
-    without_weights = {
-        SHIPPED: checkpoint.shipped_bundle,
-        UNTRAINED: lambda: checkpoint.untrained_bundle("tiny"),
-    }
-    if weights is None and (model or SHIPPED) in without_weights:
-        return without_weights[model or SHIPPED]()
-    names = tuple(PRESETS) if weights else (*PRESETS, UNTRAINED)
+    model_or_shipped = model or SHIPPED
+    if weights is None and model_or_shipped in checkpoint.PACKAGED:
+        return checkpoint.shipped_bundle(model_or_shipped)
+    if weights is None and model == UNTRAINED:
+        return checkpoint.untrained_bundle("tiny")
+    names = tuple(PRESETS)
+    if weights is None:
+        names = tuple(dict.fromkeys((*checkpoint.PACKAGED, *PRESETS, UNTRAINED)))
     if model is not None and model not in names:
         raise ValueError(
             f"there is no model {model!r}{did_you_mean(model, names)}; models are "
@@ -194,8 +209,9 @@ def model_of(recipe) -> str:
     """The model that a picture was made by, if it needed no --weights; else its preset."""
     from kontext_jax import checkpoint
 
-    if recipe.weights == checkpoint.shipped_bundle().identity:
-        return SHIPPED
+    for name, folder in checkpoint.PACKAGED.items():
+        if folder.is_dir() and recipe.weights == checkpoint.shipped_bundle(name).identity:
+            return name
     return UNTRAINED if recipe.model == "tiny" else recipe.model
 
 
@@ -413,7 +429,7 @@ def run(given: dict) -> int:
         )
         status = 1 if failed else 0
     else:
-        for line in prepared.lines():
+        for line in (*prepared.lines(), prepared.sampling_line()):
             tell(line)
         for note in runs.cautions(prepared.request, bundle.preset):
             tell(f"note: {note}")

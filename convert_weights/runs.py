@@ -13,6 +13,7 @@ from convert_weights.sources import open_foreign_bundle
 from convert_weights.to_jax import Advance, Summary, require_room
 from convert_weights.to_torch import to_torch
 from kontext_jax import checkpoint
+from kontext_jax.model_card import defaults_of_run
 from kontext_jax.models.presets import PRESETS, Config
 from kontext_jax.tensor_files import TensorInfo, dtype_name, flatten
 from kontext_jax.tensor_writing import SafetensorsWriter, write_folder, write_json
@@ -87,6 +88,8 @@ def run_to_jax(
     """
     tree = open_run(run, which, step)
     preset = PRESETS[tree.settings["preset"]]
+    defaults = defaults_of_run(tree.settings, {})  # what it began from need not be here any more
+    shift = defaults.pop("shift_timesteps", None)
     config, leaves, infos = _trained_leaves(tree, dtype)
     written = sum(info.nbytes for info in infos.values())
     require_room(out, written)
@@ -106,7 +109,9 @@ def run_to_jax(
                 writer.write(path, np.asarray(leaf))
                 advance(infos[path].nbytes)
         (folder / "NOTICE").write_text(notice.notice_text(origin, what, licence), "utf-8")
-        checkpoint.write_manifest(folder, preset.name, [tree.kind], origin, licence)
+        checkpoint.write_manifest(
+            folder, preset.name, [tree.kind], origin, licence, shift, defaults
+        )
 
     write_folder(out, fill)
     return Summary(

@@ -1,15 +1,22 @@
-"""The sampling grid a diffusers folder asks for: `scheduler/scheduler_config.json`, both ways.
+"""How a published folder asks to be sampled, both ways.
 
 FLUX is sampled on a uniform grid that is either shifted by the number of target tokens
-(`kontext_jax.flow.timestep_mu`) or not at all (schnell). A folder that asks for any other grid is
-refused, since its pictures would not be those of diffusers.
+(`kontext_jax.flow.timestep_mu`) or not at all (schnell). A diffusers folder says so in
+`scheduler/scheduler_config.json`, and there too whether each step ends in new noise
+(`stochastic_sampling`, our "renoise"). A folder that asks for any other grid is refused, since its
+pictures would not be those of diffusers. No published layout has a place for what else a model's
+card says (`kontext_jax.model_card`); it stands in a file of ours beside them, and is read there.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from convert_weights.layouts import read_json_object
 from convert_weights.rules import WeightMismatchError
+from kontext_jax import model_card
+from kontext_jax.model_card import Sampler
+from kontext_jax.tensor_writing import write_json
 
 FILE = "scheduler/scheduler_config.json"
 CLASS_NAME = "FlowMatchEulerDiscreteScheduler"
@@ -26,7 +33,6 @@ _EITHER = {
     "invert_sigmas": False,
     "num_train_timesteps": 1000,
     "shift_terminal": None,
-    "stochastic_sampling": False,
     "use_beta_sigmas": False,
     "use_exponential_sigmas": False,
     "use_karras_sigmas": False,
@@ -34,25 +40,37 @@ _EITHER = {
 # What diffusers takes for a key that is absent is what we sample with, in every case.
 
 
-def scheduler_config(shift_timesteps: bool) -> dict[str, Any]:
-    """What diffusers reads for the grid with or without the shift."""
+def scheduler_config(shift_timesteps: bool, sampler: Sampler = "euler") -> dict[str, Any]:
+    """What diffusers reads for a sampler on the grid with or without the shift."""
     return {
         **_EITHER,
         **_SHIFTED,
         "shift": 3.0 if shift_timesteps else 1.0,  # without effect where the shift is dynamic
+        "stochastic_sampling": sampler == "renoise",
         "use_dynamic_shifting": shift_timesteps,
     }
 
 
-def read_shift_timesteps(folder: Path) -> bool | None:
-    """Whether the folder's scheduler shifts its grid; None if it has no scheduler.
+def read_sampling(folder: Path) -> dict[str, Any]:
+    """Fields of the preset that the folder decides, by its scheduler and by its defaults of ours.
 
     Raises:
-      WeightMismatchError: it asks for a grid that we do not sample on; every such key is listed.
+      WeightMismatchError: it asks for a grid that we do not sample on, every such key is listed; or
+        the defaults are damaged.
     """
-    path = folder / FILE
+    defaults = folder / model_card.FILE
+    found = {}
+    if defaults.is_file():
+        try:
+            found = model_card.check_defaults(read_json_object(defaults))
+        except ValueError as error:
+            raise WeightMismatchError(f"{defaults}: {error}") from error
+    return _read_scheduler(folder / FILE) | found
+
+
+def _read_scheduler(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        return None
+        return {}
     config = read_json_object(path)
     dynamic = bool(config.get("use_dynamic_shifting", False))
     wanted = _EITHER | (_SHIFTED if dynamic else _UNSHIFTED)
@@ -66,4 +84,11 @@ def read_shift_timesteps(folder: Path) -> bool | None:
             f"{path}: asks for a sampling grid that kontext_jax does not have:\n  "
             + "\n  ".join(lines)
         )
-    return dynamic
+    stochastic = bool(config.get("stochastic_sampling", False))
+    return {"shift_timesteps": dynamic} | ({"default_sampler": "renoise"} if stochastic else {})
+
+
+def write_defaults(folder: Path, defaults: Mapping[str, Any]) -> None:
+    """Writes defaults of a model's card where `read_sampling` finds them, if there are any."""
+    if defaults:
+        write_json(folder / model_card.FILE, dict(defaults))

@@ -18,13 +18,14 @@ import dataclasses
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from convert_weights.io import ForeignComponent, open_components
 from convert_weights.layouts import TITLES, guess_preset, preset_for, read_json_object
 from convert_weights.rules import WeightMismatchError
-from convert_weights.scheduler import read_shift_timesteps
+from convert_weights.scheduler import read_sampling
 from kontext_jax import checkpoint
 from kontext_jax.checkpoint import KINDS
 from kontext_jax.models.presets import Preset
@@ -54,7 +55,7 @@ class ModelSource:
     tokenizer_dirs: dict[str, Path]
     hints: list[str]  # names that may tell which model it is, most telling first
     where: str
-    shift_timesteps: bool | None = None  # what a scheduler's config says, where there is one
+    sampling: dict[str, Any] = dataclasses.field(default_factory=dict)  # of `read_sampling`
 
     def close(self) -> None:
         """Closes every file."""
@@ -72,10 +73,7 @@ class ModelSource:
             if "mmdit" not in configs:
                 return None
             name = guess_preset(configs["mmdit"], self.hints, self.where)
-        preset = preset_for(name, configs, self.where)
-        if self.shift_timesteps is None:
-            return preset
-        return dataclasses.replace(preset, shift_timesteps=self.shift_timesteps)
+        return dataclasses.replace(preset_for(name, configs, self.where), **self.sampling)
 
 
 def _matches(folder: Path, place: str) -> list[Path]:
@@ -177,7 +175,7 @@ def find_model(
         hints = naming_hints(path, components)
         if not Path(given).exists():
             hints.append(given)  # a hub id; its snapshot's folder is named by a hash
-        return ModelSource(components, tokenizers, hints, given, read_shift_timesteps(folder))
+        return ModelSource(components, tokenizers, hints, given, read_sampling(folder))
     except BaseException:
         for component in components.values():
             component.close()

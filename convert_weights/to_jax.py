@@ -78,8 +78,7 @@ def gather(paths: Sequence[str], axes_dim: tuple[int, ...] | None = None) -> Mod
                 together.components[kind] = component
             together.tokenizer_dirs |= source.tokenizer_dirs
             together.hints += source.hints
-            if source.shift_timesteps is not None:
-                together.shift_timesteps = source.shift_timesteps
+            together.sampling |= source.sampling
     except BaseException:
         together.close()
         raise
@@ -236,6 +235,7 @@ def _fill(
         where,
         licence,
         preset.shift_timesteps if preset else None,
+        {name: value for name, value in source.sampling.items() if name != "shift_timesteps"},
     )
 
 

@@ -19,6 +19,7 @@ from convert_weights.rules import Plan, WeightMismatchError, make_plan, natural_
 from convert_weights.tables import TABLES, clip
 from convert_weights.to_jax import Advance, Summary, copy_tokenizer, require_room, run_jobs
 from kontext_jax import checkpoint
+from kontext_jax.model_card import sampling_rule
 from kontext_jax.models.presets import CLIPConfig, Config, MMDiTConfig, Preset, T5Config, VAEConfig
 from kontext_jax.tensor_files import TensorInfo, dtype_name
 from kontext_jax.tensor_writing import ShardedWriter, write_folder, write_json
@@ -66,7 +67,7 @@ def to_torch(
             preset_for(manifest["preset"], configs, str(directory)) if manifest["preset"] else None
         )
         if preset is not None:
-            preset = dataclasses.replace(preset, **checkpoint.sampling_rule(manifest))
+            preset = dataclasses.replace(preset, **sampling_rule(manifest))
         if layout == "diffusers":
             for kind, config in configs.items():
                 require_expressible(kind, config)
@@ -84,6 +85,7 @@ def to_torch(
                     copy_tokenizer(directory / "tokenizers" / kind, folder / name)
             if layout == "diffusers":
                 notes.extend(_write_pipeline(folder, preset, set(configs)))
+            scheduler.write_defaults(folder, manifest.get("defaults") or {})
             what = f"converted by kontext_jax to the layout of {layout}"
             if dtype is not None:
                 what += f", stored as {dtype_name(dtype)}"
@@ -286,7 +288,7 @@ def _write_pipeline(folder: Path, preset: Preset | None, kinds: set[str]) -> lis
         folder / scheduler.FILE,
         {
             "_diffusers_version": DIFFUSERS_VERSION,
-            **scheduler.scheduler_config(preset.shift_timesteps),
+            **scheduler.scheduler_config(preset.shift_timesteps, preset.default_sampler),
         },
     )
     kontext = preset.takes_references

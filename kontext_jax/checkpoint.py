@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kontext_jax.model_card import check_defaults, sampling_rule
 from kontext_jax.models.presets import CONFIG_CLASSES, PRESETS, Config, Preset, config_from_json
 from kontext_jax.tensor_files import (
     SafetensorsFile,
@@ -41,9 +42,10 @@ MANIFEST = "kontext_jax.json"
 KINDS = tuple(CONFIG_CLASSES)
 TOKENIZERS = ("t5", "clip")
 ASSETS = Path(__file__).parent / "assets"
-SHIPPED = ASSETS / "models" / "tiny"  # what the commands use without weights
-# Defaults of a request that a weight directory may give instead of its preset.
-REQUEST_DEFAULTS = ("default_num_steps", "default_true_cfg_scale", "megapixels")
+# Models inside the package, by the names that --model takes; "tiny" is what the commands use
+# without weights, "tiny-fast" the same distilled to a few steps.
+PACKAGED = {name: ASSETS / "models" / name for name in ("tiny", "tiny-fast")}
+SHIPPED = PACKAGED["tiny"]
 
 Place = Callable[[str, tuple[int, ...]], "jax.sharding.Sharding"]
 """Path and shape of a parameter → where it goes."""
@@ -290,14 +292,18 @@ def write_manifest(
     source: str,
     licence: str | None,
     shift_timesteps: bool | None = None,
-    defaults: Mapping[str, float] | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes `kontext_jax.json`, which makes `directory` a weight directory.
 
     Args:
       shift_timesteps: whether the model samples on the shifted grid; None leaves it to the preset.
-      defaults: of a request, for any of REQUEST_DEFAULTS, instead of the preset's.
+      defaults: of a request instead of the preset's, see `kontext_jax.model_card`.
+
+    Raises:
+      ValueError: a default does not exist, or its value is none.
     """
+    check_defaults(defaults or {})
     write_json(
         directory / MANIFEST,
         {
@@ -310,20 +316,6 @@ def write_manifest(
             **({"defaults": dict(defaults)} if defaults else {}),
         },
     )
-
-
-def sampling_rule(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of the preset that the weights decide: by their scheduler, and by their own defaults.
-
-    Raises:
-      ValueError: a default that does not exist.
-    """
-    shift, defaults = manifest.get("shift_timesteps"), dict(manifest.get("defaults", {}))
-    if unknown := sorted(set(defaults) - set(REQUEST_DEFAULTS)):
-        raise ValueError(
-            f"{MANIFEST}: no default {', '.join(unknown)}; there are {', '.join(REQUEST_DEFAULTS)}"
-        )
-    return ({} if shift is None else {"shift_timesteps": bool(shift)}) | defaults
 
 
 def open_bundle(
@@ -371,11 +363,12 @@ def open_bundle(
     finally:
         for file in files.values():
             file.close()
-    preset = dataclasses.replace(
-        PRESETS[manifest["preset"]],
-        **{kind: c.config for kind, c in components.items()},
-        **sampling_rule(manifest),
-    )
+    try:
+        rule = sampling_rule(manifest)
+    except ValueError as error:
+        raise TensorFileError(f"{directory / MANIFEST}: {error}") from None
+    configs = {kind: component.config for kind, component in components.items()}
+    preset = dataclasses.replace(PRESETS[manifest["preset"]], **configs, **rule)
     return ModelBundle(preset, components, tokenizer_dirs, manifest["source"], identity)
 
 
@@ -409,9 +402,20 @@ def save_component(directory: str | Path, kind: str, config: Config, params: Par
     write_folder(Path(directory) / kind, fill)
 
 
-def shipped_bundle() -> ModelBundle:
-    """The small trained model inside the package; its README.md says what it can do."""
-    return open_bundle(SHIPPED)
+def shipped_bundle(name: str = "tiny") -> ModelBundle:
+    """A small trained model inside the package; its README.md says what it can do.
+
+    Raises:
+      FileNotFoundError: this copy of the package has no such model.
+    """
+    folder = PACKAGED[name]
+    if not folder.is_dir():
+        there = ", ".join(other for other, path in PACKAGED.items() if path.is_dir())
+        raise FileNotFoundError(
+            f"this copy of kontext_jax has no model {name} (no folder {folder}); it has {there}. "
+            "tools/pack_tiny.py puts a trained model there"
+        )
+    return open_bundle(folder)
 
 
 def untrained_bundle(preset_name: str) -> ModelBundle:

@@ -15,12 +15,14 @@ squared error of the best prediction is, for each dimension,
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kontext_jax.model_card import check_timesteps
 from kontext_jax.types import Array, Float, Tokens, typed
 
 
@@ -71,6 +73,29 @@ def timestep_schedule(num_steps: int, mu: float | None) -> np.ndarray:
     if mu is not None:
         t = shift_timesteps(t, math.exp(mu))
     return t.astype(np.float32)
+
+
+def sampling_schedule(
+    num_steps: int,
+    num_image_tokens: int,
+    shifted: bool,
+    timesteps: Sequence[float] | None = None,
+) -> np.ndarray:
+    """The times of a request: float32 [num_steps + 1], from 1 to 0.
+
+    Args:
+      num_image_tokens: of the target, which the shift depends on.
+      shifted: whether the model is sampled on the shifted grid.
+      timesteps: where each step begins, instead of an even or shifted grid.
+
+    Raises:
+      ValueError: num_steps < 1, or timesteps are of another number of steps.
+    """
+    if timesteps is None:
+        return timestep_schedule(num_steps, timestep_mu(num_image_tokens) if shifted else None)
+    if len(timesteps) != num_steps:
+        raise ValueError(f"{len(timesteps)} timesteps for {num_steps} steps; expected one each")
+    return np.array([*check_timesteps(timesteps), 0.0], np.float32)
 
 
 def sample_logit_normal(key: jax.Array, shape: tuple[int, ...], mu: float, sigma: float = 1.0):

@@ -2,7 +2,7 @@
 
     prompts  → T5, CLIP        → txt, vec    once for each prompt
     pictures → resize → VAE    → ctx         once for each picture and size
-    noise    → Euler steps     → latents     several requests of one shape in a batch
+    noise    → sampler's steps → latents     several requests of one shape in a batch
     latents  → VAE             → pixels      one picture at a time
 
 Requests of one shape share batches. A further turn of a request takes the final latents of the turn
@@ -160,15 +160,16 @@ class Pipeline(Stages):
             for i in range(len(first.pictures))
         ]
         for turn in range(1 + len(first.request.then)):
+            seeds = [_seed(row.prepared, row.image_index, turn) for row in rows]
             noise = [
                 initial_noise(
-                    [_seed(row.prepared, row.image_index, turn)],
+                    [seed],
                     height_px // latents.VAE_FACTOR,
                     width_px // latents.VAE_FACTOR,
                     self.preset.vae.z_channels,
                     noise_dtype,
                 )
-                for row in rows
+                for seed in seeds
             ]
             text = [texts[_prompts(row.prepared)[turn], first.request.text_mask] for row in rows]
             negative = [
@@ -180,6 +181,9 @@ class Pipeline(Stages):
                 jnp.concatenate(noise),
                 *_stacked(text),
                 num_steps=first.request.num_steps,
+                sampler=first.request.sampler,
+                timesteps=first.request.timesteps,
+                seeds=seeds,
                 guidance=_column(row.prepared.request.guidance for row in rows),
                 references=references,
                 negative=_stacked(negative) if negative else None,
@@ -277,6 +281,8 @@ def _batch_key(prepared: PreparedRequest):
         prepared.sizes.output,
         tuple(fit.size for fit in prepared.sizes.references),
         request.num_steps,
+        request.sampler,
+        request.timesteps,
         request.numerics,
         request.position_rule,
         request.text_mask,

@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 from kontext_jax.images import Picture, load_picture
 from kontext_jax.latents import PositionRule
+from kontext_jax.model_card import SAMPLERS, check_timesteps
 from kontext_jax.models.presets import Preset
 from kontext_jax.numerics import NUMERICS, Numerics
 from kontext_jax.sizes import SizePlan, plan_sizes
@@ -44,6 +45,8 @@ class SampleRequest:
     num_images: int = 1  # picture i has seed + i
     seed: int = 0
     num_steps: int | None = None
+    sampler: str | None = None  # of SAMPLERS; None, here and around: the model's own
+    timesteps: tuple[float, ...] | None = None  # at which the steps begin, falling from 1
     guidance: float | None = None
     numerics: str = "exact"
     position_rule: PositionRule = "index"
@@ -58,6 +61,9 @@ class SampleRequest:
                 if not listed or not all(isinstance(v, str) for v in value):
                     raise ValueError(f"{field} is {value!r}; expected a list of strings")
                 object.__setattr__(self, field, tuple(value))
+            elif kind == "numbers":
+                if value is not None:
+                    object.__setattr__(self, field, _times(field, value))
             elif value is not None or field not in _OPTIONAL:
                 _check_type(field, value, kind)
         for prompt in (self.prompt, *self.then):
@@ -76,6 +82,7 @@ class SampleRequest:
         if self.seed + self.num_images - 1 > MAX_SEED:
             raise ValueError(f"seed {self.seed} + num_images {self.num_images} exceeds {MAX_SEED}")
         for field, choices in (
+            *((("sampler", SAMPLERS),) if self.sampler is not None else ()),
             ("numerics", tuple(NUMERICS)),
             ("position_rule", get_args(PositionRule)),
             ("reference_size", ("auto", "match")),
@@ -88,6 +95,11 @@ class SampleRequest:
         if not self.images and self.position_rule != "index" and not self.then:
             raise ValueError(
                 f"{_named('position_rule')} places reference images, and there are none"
+            )
+        if self.timesteps is not None and self.num_steps not in (None, len(self.timesteps)):
+            raise ValueError(
+                f"{_named('num_steps')} is {self.num_steps}, but timesteps are those of "
+                f"{len(self.timesteps)} steps; give one of them"
             )
 
 
@@ -103,6 +115,8 @@ _TYPES = {
     "num_images": int,
     "seed": int,
     "num_steps": int,
+    "sampler": str,
+    "timesteps": "numbers",
     "guidance": float,
     "numerics": str,
     "position_rule": str,
@@ -112,6 +126,7 @@ _TYPES = {
 FIELDS = tuple(_TYPES)
 _OPTIONAL = {
     *("negative_prompt", "true_cfg_scale", "size", "megapixels", "num_steps", "guidance"),
+    "sampler",
 }
 _FLAGS = {"num_steps": "--steps", "true_cfg_scale": "--true-cfg"}
 
@@ -132,6 +147,14 @@ def _check_type(field: str, value: Any, kind: type) -> None:
     if not fits:
         expected = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
         raise ValueError(f"{_named(field)} is {value!r}; expected {expected[kind]}")
+
+
+def _times(field: str, value: Any) -> tuple[float, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{_named(field)} is {value!r}; expected a list of numbers")
+    for one in value:
+        _check_type(field, one, float)
+    return check_timesteps(value)
 
 
 def did_you_mean(word: Any, choices: Sequence[str]) -> str:
@@ -181,13 +204,20 @@ def complete(request: SampleRequest, preset: Preset) -> SampleRequest:
     if preset.mmdit.guidance_embed and guidance is None:
         guidance = preset.default_guidance
         guidance = numerics.default_guidance if guidance is None else guidance
-    num_steps = request.num_steps
-    if num_steps is None:
+    num_steps, timesteps = request.num_steps, request.timesteps
+    if timesteps is not None:
+        num_steps = len(timesteps)
+    elif num_steps is None:
         num_steps = preset.default_num_steps or numerics.default_num_steps
+    own = preset.default_timesteps
+    if timesteps is None and own is not None and len(own) == num_steps:
+        timesteps = own
     scale, negative_prompt = _complete_cfg(request, preset)
     return dataclasses.replace(
         request,
         num_steps=num_steps,
+        sampler=request.sampler or preset.default_sampler,
+        timesteps=timesteps,
         guidance=guidance,
         true_cfg_scale=scale,
         negative_prompt=negative_prompt,
@@ -255,6 +285,18 @@ class PreparedRequest:
             lines.append(line)
         lines[0] += f" → {output}"
         return lines
+
+    def sampling_line(self) -> str:
+        """How it is sampled, the defaults of the model included."""
+        request = self.request
+        parts = [f"{request.num_steps} {request.sampler} step{'s' * (request.num_steps > 1)}"]
+        if request.timesteps is not None:
+            parts[0] += f" at {', '.join(f'{t:g}' for t in request.timesteps)}"
+        if request.guidance is not None:
+            parts.append(f"guidance {request.guidance:g}")
+        if request.true_cfg_scale > 1:
+            parts.append(f"classifier-free guidance {request.true_cfg_scale:g}")
+        return f"sampling: {', '.join(parts)}"
 
 
 def find_image(name: str, folder: Path | None = None) -> Path:

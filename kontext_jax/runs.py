@@ -160,7 +160,7 @@ def run_jobs(
             tell_error(f"line {job.line}: {outcomes[job.line]}")
             continue
         taken |= dict.fromkeys(paths, job.line)
-        for line in request.lines():
+        for line in (*request.lines(), request.sampling_line()):
             tell(f"line {job.line}: {line}")
         prepared.append(request)
         bases.append(base)
@@ -254,6 +254,10 @@ def prepare_again(
     Raises:
       FileNotFoundError, ValueError: an image is missing or not the one that was used.
     """
+    if "num_steps" in overrides:  # instead of the times of as many steps as there were
+        overrides = {"timesteps": None, **overrides}
+    elif "timesteps" in overrides:
+        overrides = {"num_steps": None, **overrides}
     request = dataclasses.replace(recipe.request, **overrides)
     try:
         prepared = prepare(request, preset)

@@ -1,11 +1,17 @@
-"""Noise and the Euler solver of dx/dt = velocity(x, t), from t = 1 (noise) to t = 0 (data).
+"""Noise, and two samplers that follow velocity(x, t) from t = 1 (noise) to t = 0 (data).
 
-    x_{i+1} = x_i + (t_{i+1} − t_i) · velocity(x_i, t_i)
+    euler      x_{i+1} = x_i + (t_{i+1} − t_i) · velocity(x_i, t_i)         solves dx/dt = velocity
+    renoise    x̂0 = x_i − t_i · velocity(x_i, t_i)
+               x_{i+1} = (1 − t_{i+1}) · x̂0 + t_{i+1} · noise_i             noise_i new in each step
+
+Re-noising is multistep sampling of consistency models (arXiv:2303.01469, algorithm 1): networks
+distilled to few steps are trained on noised clean pictures, and these are what it shows them. With
+one step, the two are the same.
 
 Works on any `velocity_fn` (see `kontext_jax.types.VelocityFn`) and knows no network.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -16,6 +22,26 @@ from jax import lax
 from kontext_jax.types import VelocityFn
 
 EulerDtype = Literal["float32", "compute", "float32_then_compute"]
+
+
+def seed_words(seeds: Sequence[int]) -> np.ndarray:
+    """Seeds as pairs of 32-bit words, high before low: uint32 [B, 2].
+
+    Raises:
+      ValueError: if there is no seed or one is not from 0 to 2^64 − 1.
+    """
+    seeds = [int(seed) for seed in seeds]
+    if not seeds:
+        raise ValueError("there are no seeds; expected at least one seed")
+    for seed in seeds:
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed {seed} is out of range; choose one from 0 to 2**64 - 1")
+    return np.array([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], np.uint32)
+
+
+def _keys(words: np.ndarray | jax.Array) -> jax.Array:
+    # The generator is named, so that no global setting of JAX changes the picture.
+    return jax.random.wrap_key_data(words, impl="threefry2x32")
 
 
 def initial_noise(
@@ -36,16 +62,8 @@ def initial_noise(
     Raises:
       ValueError: if there is no seed or one is out of range.
     """
-    seeds = [int(seed) for seed in seeds]
-    if not seeds:
-        raise ValueError("initial_noise needs at least one seed")
-    for seed in seeds:
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"seed {seed} is out of range; choose one from 0 to 2**64 - 1")
-    words = np.array([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], np.uint32)
-    # The generator is named, so that no global setting of JAX changes the picture.
-    keys = jax.random.wrap_key_data(words, impl="threefry2x32")
     shape = (latent_height, latent_width, channels)
+    keys = _keys(seed_words(seeds))
     noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
     return noise.astype(dtype)
 
@@ -81,6 +99,68 @@ def euler_sample(
     Raises:
       ValueError: for an unknown euler_dtype, or step_inputs of another length than N.
     """
+
+    def step(x, velocity, t, t_next, i, moved):
+        return moved(x, velocity, t_next - t)
+
+    return _follow(velocity_fn, step, x, timesteps, step_inputs, start, stop, euler_dtype)
+
+
+def renoise_sample(
+    velocity_fn: VelocityFn,
+    x: jax.Array,
+    timesteps: jax.Array,
+    step_inputs: Any = None,
+    *,
+    words: np.ndarray | jax.Array,
+    start: int | jax.Array = 0,
+    stop: int | jax.Array | None = None,
+    euler_dtype: EulerDtype = "float32",
+) -> jax.Array:
+    """As `euler_sample`, but each step goes to clean data and from there back to the next time.
+
+    The noise of a step depends on the image's seed and the number of the step alone, so parts
+    join to the whole bit for bit here too. x̂0 is computed in the arithmetic of `euler_dtype`, as
+    the Euler step to t = 0; it is noised in float32 and then rounded to x's dtype, as in diffusers
+    (`FlowMatchEulerDiscreteScheduler` with `stochastic_sampling`).
+
+    Args:
+      words: uint32 [B, 2], `seed_words` of the seeds that drew x.
+      velocity_fn, x, timesteps, step_inputs, start, stop, euler_dtype: as in `euler_sample`.
+
+    Raises:
+      ValueError: as `euler_sample`, or B differs between words and x.
+    """
+    if words.shape != (x.shape[0], 2):
+        raise ValueError(f"words are {list(words.shape)}; expected [{x.shape[0]}, 2], one a row")
+    keys, shape = _keys(words), x.shape[1:]
+
+    def step(x, velocity, t, t_next, i, moved):
+        clean = moved(x, velocity, -t)
+        noise = jax.vmap(
+            lambda key: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
+        )(keys)
+        return (1 - t_next) * clean + t_next * noise
+
+    return _follow(velocity_fn, step, x, timesteps, step_inputs, start, stop, euler_dtype)
+
+
+def _follow(
+    velocity_fn: VelocityFn,
+    step: Callable[..., jax.Array],
+    x: jax.Array,
+    timesteps: jax.Array,
+    step_inputs: Any,
+    start: int | jax.Array,
+    stop: int | jax.Array | None,
+    euler_dtype: EulerDtype,
+) -> jax.Array:
+    """Runs the steps from start to stop.
+
+    Args:
+      step: (x, velocity, t_i, t_{i+1}, i, moved) → float32 state at t_{i+1}, where `moved(x,
+        velocity, interval)` is x + interval·velocity in the arithmetic of `euler_dtype`.
+    """
     if euler_dtype not in ("float32", "compute", "float32_then_compute"):
         raise ValueError(
             f"unknown euler_dtype {euler_dtype!r}; choose float32, compute or float32_then_compute"
@@ -103,16 +183,18 @@ def euler_sample(
         info = jnp.finfo(dtype)
         return lax.reduce_precision(value, info.nexp, info.nmant)
 
-    def step(i, x):
-        step_input = jax.tree.map(lambda leaf: leaf[i], step_inputs)
-        velocity = velocity_fn(x, jnp.full(x.shape[:1], timesteps[i]), step_input)
-        interval = timesteps[i + 1] - timesteps[i]
+    def moved(x, velocity, interval):
         if euler_dtype == "float32_then_compute":
             interval = rounded(interval)
         update = interval * rounded(velocity.astype(jnp.float32))
-        return (x.astype(jnp.float32) + rounded(update)).astype(dtype)
+        return x.astype(jnp.float32) + rounded(update)
 
-    return lax.fori_loop(start, num_steps if stop is None else stop, step, x)
+    def body(i, x):
+        step_input = jax.tree.map(lambda leaf: leaf[i], step_inputs)
+        velocity = velocity_fn(x, jnp.full(x.shape[:1], timesteps[i]), step_input)
+        return step(x, velocity, timesteps[i], timesteps[i + 1], i, moved).astype(dtype)
+
+    return lax.fori_loop(start, num_steps if stop is None else stop, body, x)
 
 
 def guided_velocity_fn(

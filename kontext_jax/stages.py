@@ -4,6 +4,7 @@ Each network is read when it is first needed and each program compiled for its s
 loading, compiling and computing are timed apart.
 """
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from kontext_jax.checkpoint import Listed, ModelBundle
 from kontext_jax.chips import chip_of
 from kontext_jax.compiling import Executables, Timings
 from kontext_jax.executable_files import ExecutableFiles
+from kontext_jax.model_card import SAMPLERS, Sampler
 from kontext_jax.models.clip import CLIPText
 from kontext_jax.models.mmdit import (
     BLOCK_STACKS,
@@ -33,7 +35,7 @@ from kontext_jax.models.vae import VAE
 from kontext_jax.models.vae_tiling import decode_tiled, encode_tiled, vae_peak_bytes
 from kontext_jax.numerics import EXACT, Numerics
 from kontext_jax.placement import Placement, format_mesh
-from kontext_jax.sampler import euler_sample, guided_velocity_fn
+from kontext_jax.sampler import euler_sample, guided_velocity_fn, renoise_sample, seed_words
 from kontext_jax.tokenizing import Tokenizers
 from kontext_jax.types import Params
 
@@ -151,6 +153,9 @@ class Stages:
         vec: jax.Array,
         *,
         num_steps: int,
+        sampler: Sampler = "euler",
+        timesteps: Sequence[float] | None = None,
+        seeds: Sequence[int] | None = None,
         guidance: np.ndarray | None = None,
         references: Sequence[jax.Array] = (),
         negative: tuple[jax.Array, jax.Array] | None = None,
@@ -163,15 +168,25 @@ class Stages:
 
         Args:
           txt, vec: features of the prompts, [B, T, context_in_dim] and [B, vec_in_dim].
+          timesteps: where each step begins; None for the model's even or shifted grid.
+          seeds: that drew the noise, for "renoise", which draws more by them; "euler" needs none.
           guidance: float32 [B]; None for a model that takes none.
           references: latents of each reference, [B, its h/8, its w/8, Z].
           negative: txt and vec to guide away from, with true_cfg_scale float32 [B].
 
         Raises:
           FloatingPointError: the result is not finite.
-          ValueError: B is not divisible by the parts into which the mesh splits a batch.
+          ValueError: B is not divisible by the parts into which the mesh splits a batch; or there
+            is no such sampler, or it lacks seeds.
         """
         self._check_batch(noise.shape[0])
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler is {sampler!r}; expected one of {', '.join(SAMPLERS)}")
+        words = None
+        if sampler == "renoise":
+            if seeds is None:
+                raise ValueError("the renoise sampler draws noise in each step; give it the seeds")
+            words = seed_words(seeds)
         params = self._load("mmdit")
         config = self.bundle.components["mmdit"].config
         model = MMDiT(config, dtype=self._compute_dtype, block_form=self._block_form)
@@ -189,11 +204,12 @@ class Stages:
             dtype=self._compute_dtype,
         )
         x = latents.pack(noise)
-        cond, negative, true_cfg_scale, x = self._placement.place(
-            (cond, negative, true_cfg_scale, x)
+        times = flow.sampling_schedule(
+            num_steps, x.shape[1], self.preset.shift_timesteps, timesteps
         )
-        mu = flow.timestep_mu(x.shape[1]) if self.preset.shift_timesteps else None
-        timesteps = flow.timestep_schedule(num_steps, mu)
+        cond, negative, true_cfg_scale, x, words = self._placement.place(
+            (cond, negative, true_cfg_scale, x, words)
+        )
 
         def make_prepare():
             def prepare(params, cond, negative, timesteps):
@@ -206,12 +222,15 @@ class Stages:
             return prepare
 
         def make_run():
-            def run(params, cond, negative, scale, x, timesteps, steps, start, stop):
+            def run(params, cond, negative, scale, words, x, timesteps, steps, start, stop):
                 velocity_fn = make_velocity_fn(model, params, cond)
                 if negative is not None:
                     other = make_velocity_fn(model, params, _with_text(cond, negative))
                     velocity_fn = guided_velocity_fn(velocity_fn, other, scale[:, None, None])
-                return euler_sample(
+                solve = euler_sample
+                if words is not None:
+                    solve = functools.partial(renoise_sample, words=words)
+                return solve(
                     velocity_fn,
                     x,
                     timesteps,
@@ -225,22 +244,22 @@ class Stages:
 
         key = (model, numerics)
         prepare = self._compile(
-            *(("prepare", key), make_prepare, params, cond, negative, timesteps), batch_axis=1
+            *(("prepare", key), make_prepare, params, cond, negative, times), batch_axis=1
         )
         with self.timings.measure("denoise"):
-            steps = prepare(params, cond, negative, timesteps)
-        given = (params, cond, negative, true_cfg_scale)
+            steps = prepare(params, cond, negative, times)
+        given = (params, cond, negative, true_cfg_scale, words)
         bounds = np.int32(0), np.int32(num_steps)
         run = self._compile(
-            *(("run", key), make_run, *given, x, timesteps, steps, *bounds), batch_axis=0
+            *(("run", key), make_run, *given, x, times, steps, *bounds), batch_axis=0
         )
         with self.timings.measure("denoise"):
             if on_step is None:
-                x = run(*given, x, timesteps, steps, *bounds)
+                x = run(*given, x, times, steps, *bounds)
             else:
                 for i in range(num_steps):
                     # One step is always under way while the one before it is waited for.
-                    waited, x = x, run(*given, x, timesteps, steps, np.int32(i), np.int32(i + 1))
+                    waited, x = x, run(*given, x, times, steps, np.int32(i), np.int32(i + 1))
                     waited.block_until_ready()
                     on_step(i, num_steps)
                 x.block_until_ready()

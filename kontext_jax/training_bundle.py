@@ -34,7 +34,8 @@ from kontext_jax.checkpoint import (
     read_edited,
     untrained_bundle,
 )
-from kontext_jax.models.presets import PRESETS, Config
+from kontext_jax.model_card import CHECKS, defaults_of_run
+from kontext_jax.models.presets import PRESETS, Config, Preset
 from kontext_jax.step_folders import ARRAYS, CONFIG, CheckpointError
 from kontext_jax.tensor_files import flatten, unflatten
 
@@ -299,13 +300,16 @@ def training_bundle(
     """
     tree = open_run(run, which, step, tell)
     preset = PRESETS[tree.settings["preset"]]
-    components, tokenizer_dirs = {}, {}
-    for bundle in _began_from(tree, open_weights):
+    components, tokenizer_dirs, base = {}, {}, {}
+    for setting, bundle in _began_from(tree, open_weights):
         components |= bundle.components
         tokenizer_dirs |= bundle.tokenizer_dirs
+        if setting == "weights":
+            base = own_defaults(bundle.preset)
     if not tree.is_lora:
         components[tree.kind] = _trained_component(tree)
-    preset = dataclasses.replace(preset, **{kind: c.config for kind, c in components.items()})
+    configs = {kind: component.config for kind, component in components.items()}
+    preset = dataclasses.replace(preset, **configs, **defaults_of_run(tree.settings, base))
     source = f"{tree.source} ({preset.name})"
     bundle = ModelBundle(preset, components, tokenizer_dirs, source, tree.identity())
     if not tree.is_lora:
@@ -314,8 +318,15 @@ def training_bundle(
     return dataclasses.replace(with_adapters(bundle, [(adapter_of_run(tree), 1.0)]), adapters=())
 
 
-def _began_from(tree: TrainedTree, open_weights: OpenWeights) -> Iterator[ModelBundle]:
-    """The networks that a run used, as `USED` has it."""
+def own_defaults(preset: Preset) -> dict[str, Any]:
+    """How a model is sampled where it differs from the preset that it is of."""
+    plain = PRESETS[preset.name]
+    fields = ("shift_timesteps", *CHECKS)
+    return {f: getattr(preset, f) for f in fields if getattr(preset, f) != getattr(plain, f)}
+
+
+def _began_from(tree: TrainedTree, open_weights: OpenWeights) -> Iterator[tuple[str, ModelBundle]]:
+    """Settings of a run that name networks, and these, as `USED` has it."""
     for setting, kinds in USED.items():
         path = tree.settings.get(setting)
         if not path:
@@ -331,4 +342,4 @@ def _began_from(tree: TrainedTree, open_weights: OpenWeights) -> Iterator[ModelB
                 ) from error
         used = {kind: bundle.components[kind] for kind in kinds if kind in bundle.components}
         tokenizers = bundle.tokenizer_dirs if "t5" in kinds else {}
-        yield dataclasses.replace(bundle, components=used, tokenizer_dirs=tokenizers)
+        yield setting, dataclasses.replace(bundle, components=used, tokenizer_dirs=tokenizers)

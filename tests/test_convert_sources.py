@@ -327,11 +327,30 @@ def test_the_folders_scheduler_decides_the_grid_and_survives_conversion(tmp_path
     to_jax([str(tmp_path / "theirs")], tmp_path / "ours")
     assert checkpoint.open_bundle(tmp_path / "ours").preset.shift_timesteps is dynamic
     to_torch(tmp_path / "ours", tmp_path / "back", "diffusers")
-    assert scheduler.read_shift_timesteps(tmp_path / "back") is dynamic
+    assert scheduler.read_sampling(tmp_path / "back") == {"shift_timesteps": dynamic}
+
+
+def test_a_few_step_model_stays_one_through_every_layout(tmp_path):
+    write_pipeline(tmp_path / "theirs")
+    write_scheduler(
+        tmp_path / "theirs", use_dynamic_shifting=False, shift=1.0, stochastic_sampling=True
+    )
+    scheduler.write_defaults(tmp_path / "theirs", {"default_num_steps": 4})
+    to_jax([str(tmp_path / "theirs")], tmp_path / "ours")
+    for layout in ("diffusers", "bfl"):
+        to_torch(tmp_path / "ours", tmp_path / layout, layout)
+        to_jax([str(tmp_path / layout)], tmp_path / f"{layout}-back", preset="kontext-dev")
+    assert scheduler.read_sampling(tmp_path / "diffusers")["default_sampler"] == "renoise"
+    for name in ("ours", "diffusers-back", "bfl-back"):
+        preset = checkpoint.open_bundle(tmp_path / name).preset
+        assert (preset.default_num_steps, preset.default_sampler) == (4, "renoise"), name
+    scheduler.write_defaults(tmp_path / "theirs", {"default_num_steps": -4})
+    with pytest.raises(WeightMismatchError, match="default_num_steps is -4: expected"):
+        open_foreign_bundle(tmp_path / "theirs")
 
 
 def test_without_a_scheduler_the_preset_decides_the_grid(pipeline):
-    assert scheduler.read_shift_timesteps(pipeline) is None
+    assert scheduler.read_sampling(pipeline) == {}
     assert open_foreign_bundle(pipeline).preset.shift_timesteps
 
 

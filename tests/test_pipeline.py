@@ -110,6 +110,8 @@ def test_the_same_request_gives_the_same_picture(pipeline, another, picture):
         {"seed": 1},
         {"guidance": 4.0},
         {"num_steps": 4},
+        {"sampler": "renoise"},
+        {"timesteps": (1, 0.9, 0.3)},
         {"text_mask": True},
         {"negative_prompt": "dull", "true_cfg_scale": 3.0},
         {"images": ()},
@@ -162,8 +164,9 @@ def test_requests_of_different_shapes_get_their_own_results(pipeline, picture):
         np.testing.assert_array_equal(made(pipeline, one)[0, 0, 0], pixels[i, 0, 0])
 
 
-def test_one_step_at_a_time_equals_the_whole_run(pipeline, picture):
-    one = request(images=[picture])
+@pytest.mark.parametrize("sampler", ["euler", "renoise"])
+def test_one_step_at_a_time_equals_the_whole_run(pipeline, picture, sampler):
+    one = request(images=[picture], sampler=sampler)
     seen = []
     steps = made(pipeline, one, on_step=lambda done, of: seen.append((done, of)))
     np.testing.assert_array_equal(steps[0, 0, 0], made(pipeline, one)[0, 0, 0])
@@ -278,6 +281,15 @@ def test_long_prompts_are_cut_and_said(another, picture):
     prompt = "make it red and green " * 40
     single(another(tell=lines.append), images=[picture], prompt=prompt)
     assert len(lines) == 1 and "tokens" in lines[0]
+
+
+def test_renoising_needs_the_seeds_and_euler_does_not(pipeline):
+    noise, txt, vec = np.zeros((1, 6, 8, 16)), np.zeros((1, 16, 64)), np.zeros((1, 64))
+    given = {"num_steps": 1, "guidance": np.ones(1, np.float32)}
+    with pytest.raises(ValueError, match="give it the seeds"):
+        pipeline.denoise(noise, txt, vec, sampler="renoise", **given)
+    with pytest.raises(ValueError, match="'ddim'; expected one of euler, renoise"):
+        pipeline.denoise(noise, txt, vec, sampler="ddim", **given)
 
 
 def test_unknown_dtypes_are_refused(bundle):

@@ -71,6 +71,11 @@ def test_pictures_of_a_mesh_are_those_of_one_device_and_are_made_again(tmp_path)
         [*common, "-o", "one.png"],
         [*common, "--mesh", "data=2,context=2", "-o", "mesh.png"],
         [*common, "--mesh", "tensor=4", "-o", "tensor.png"],
+        [*common, "--sampler", "renoise", "-o", "one-renoise.png"],
+        [
+            *common,
+            *("--sampler", "renoise", "--mesh", "data=2,context=2", "-o", "mesh-renoise.png"),
+        ],
         ["--from-metadata", "mesh-seed1.png", "-o", "again.png"],
     ]
     environment = os.environ | {
@@ -93,7 +98,7 @@ def test_pictures_of_a_mesh_are_those_of_one_device_and_are_made_again(tmp_path)
         return np.asarray(Image.open(tmp_path / name)).astype(int)
 
     for seed in range(3):
-        for mesh in ("mesh", "tensor"):
-            difference = pixels(f"{mesh}-seed{seed}.png") - pixels(f"one-seed{seed}.png")
+        for mesh, one in (("mesh", "one"), ("tensor", "one"), ("mesh-renoise", "one-renoise")):
+            difference = pixels(f"{mesh}-seed{seed}.png") - pixels(f"{one}-seed{seed}.png")
             assert np.abs(difference).max() <= 1, (mesh, seed)
     np.testing.assert_array_equal(pixels("again.png"), pixels("mesh-seed1.png"))

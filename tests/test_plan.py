@@ -269,7 +269,9 @@ def test_a_step_and_a_request_for_a_tpu(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_the_stages_of_a_request_are_those_that_run():
     target = targets.Target("v5e:2x2", CHIPS["v5e"], tuple(jax.devices()[:1]), 1)
-    request = sampling.Request("tiny", (64, 64), num_references=2, num_steps=8, batch_size=2)
+    request = sampling.Request(
+        "tiny", (64, 64), num_references=2, num_steps=8, sampler="renoise", batch_size=2
+    )
     stages = {stage.name: stage for stage in sampling.sampling_stages(request, target)}
     assert list(stages) == ["text", "encode", "prepare", "run", "decode"]
     assert (stages["encode"].times, stages["decode"].times, stages["run"].repeats) == (2, 2, 8)
@@ -277,3 +279,6 @@ def test_the_stages_of_a_request_are_those_that_run():
     assert set(run.beside) == {"autoencoder", "T5", "CLIP"}
     results = jax.eval_shape(run.function, *run.args)
     assert results.shape == (2, 16, 64)
+    assert jax.ShapeDtypeStruct((2, 2), np.uint32) in [
+        jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(run.args)
+    ]  # the seeds, for the noise of each step

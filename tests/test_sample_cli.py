@@ -28,6 +28,12 @@ SCRIPT = Path(__file__).parents[1] / "sample.py"
 TINY = ["--steps", "1", "--megapixels", "0.004096"]
 SMALL = ["--model", "untrained", *TINY]
 CAT = str(find_image("example:cat"))
+FAST = {
+    "default_num_steps": 2,
+    "default_sampler": "renoise",
+    "default_timesteps": [1, 0.4],
+    "default_guidance": 3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +97,7 @@ def test_one_command_edits_the_picture_that_ships(tmp_path):
     assert any(
         line.startswith("example:shapes 64×64 → reference 64×64 (as it is") for line in lines
     )
+    assert "sampling: 20 euler steps, classifier-free guidance 2.5" in lines
     assert "wrote outputs/edit-001.png (64×64, seed 0)" in lines
     stages = [line.split()[0] for line in lines if line.startswith("  ")]
     assert set(stages) == {"load", "compile", "encode", "denoise", "decode", "write", "total"}
@@ -117,6 +124,22 @@ def test_the_model_that_ships_is_found_again_from_its_picture(cli):
     assert (status, err) == (0, "") and "making a.png again" in out
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
     assert images.read_metadata("a.png")["weights"] == checkpoint.shipped_bundle().identity
+
+
+def test_a_model_is_sampled_as_its_card_says_and_its_picture_made_again(cli, tmp_path, monkeypatch):
+    save_weights(tmp_path / "w", "tiny", shift=False, defaults=FAST)
+    small = ["--weights", "w", "--megapixels", "0.004096"]
+    status, out, err = cli(*small, "-o", "a.png")
+    assert (status, err) == (0, "")
+    assert "sampling: 2 renoise steps at 1, 0.4, guidance 3" in out.splitlines()
+    assert cli(*small, "--sampler", "euler", "-o", "b.png")[0] == 0
+    assert Path("a.png").read_bytes() != Path("b.png").read_bytes()
+    monkeypatch.setitem(checkpoint.PACKAGED, "tiny-fast", tmp_path / "w")
+    status, out, err = cli("--from-metadata", "a.png", "-o", "again.png")
+    assert (status, err) == (0, "") and "making a.png again" in out
+    assert Path("a.png").read_bytes() == Path("again.png").read_bytes()
+    status, out, _ = cli("--model", "tiny-fast", "--megapixels", "0.004096", "-o", "c.png")
+    assert status == 0 and Path("a.png").read_bytes() == Path("c.png").read_bytes()
 
 
 def test_turns_and_seeds_are_written_and_each_is_made_again_bit_for_bit(cli, tmp_path):
@@ -201,6 +224,9 @@ BAD_INPUT = {
     "unwritable output": (["-o", "text.png/out.png"], "not a directory"),
     "jpeg output": (["-o", "out.jpg"], "does not end in .png"),
     "output is input": (["--image", "in.png", "--prompt", "x", "-o", "in.png"], "also an input"),
+    "model that is not packaged": (["--model", "tiny-fast"], "has no model tiny-fast"),
+    "unknown sampler": (["--sampler", "eulr"], "did you mean euler"),
+    "rising timesteps": (["--timesteps", "0.5", "1"], "falling from 1"),
     "unknown model": (["--model", "kontxt-dev"], "did you mean kontext-dev"),
     "model without weights": (["--model", "kontext-dev"], "needs its weights"),
     "missing weights": (["--weights", "none"], "none"),
@@ -224,7 +250,8 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_ends_in_one_line_and_writes_nothing(cli, tmp_path, case):
+def test_bad_input_ends_in_one_line_and_writes_nothing(cli, tmp_path, case, monkeypatch):
+    monkeypatch.setitem(checkpoint.PACKAGED, "tiny-fast", tmp_path / "none")
     arguments, said = BAD_INPUT[case]
     Image.new("RGB", (32, 32)).save(tmp_path / "in.png")
     (tmp_path / "text.png").write_text("a shopping list")
@@ -235,7 +262,9 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(cli, tmp_path, case):
     assert files(tmp_path) == ["in.png", "text.png"]
 
 
-def save_weights(folder: Path, preset: str, spoil: str | None = None) -> None:
+def save_weights(
+    folder: Path, preset: str, spoil: str | None = None, shift=None, defaults=None
+) -> None:
     """The untrained tiny model as a weight directory that says it is `preset`."""
     bundle = checkpoint.untrained_bundle("tiny")
     for kind, component in bundle.components.items():
@@ -249,7 +278,7 @@ def save_weights(folder: Path, preset: str, spoil: str | None = None) -> None:
         target.mkdir(parents=True)
         for file in source.iterdir():
             (target / file.name).write_bytes(file.read_bytes())
-    checkpoint.write_manifest(folder, preset, bundle.components, "a test", None)
+    checkpoint.write_manifest(folder, preset, bundle.components, "a test", None, shift, defaults)
 
 
 def test_converted_weights_are_used_and_must_be_those_of_the_model(cli, tmp_path):

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from kontext_jax.flow import timestep_schedule
-from kontext_jax.sampler import euler_sample, guided_velocity_fn, initial_noise
+from kontext_jax.sampler import (
+    euler_sample,
+    guided_velocity_fn,
+    initial_noise,
+    renoise_sample,
+    seed_words,
+)
 
 
 def test_noise_of_an_image_does_not_depend_on_its_neighbours():
@@ -117,6 +123,74 @@ def test_euler_arithmetic_of_each_reference_in_bfloat16():
     np.testing.assert_array_equal(diffusers, as_bfloat16(x32 + update))
     assert (bfl != diffusers).any()
     assert (bfl != as_bfloat16(exact)).any()
+
+
+def towards(clean):
+    """The velocity of the straight path from `clean` to where one is."""
+    return lambda x, t, _: (x - clean) / t[:, None, None]
+
+
+def test_one_step_of_renoising_is_one_euler_step():
+    timesteps, x = timestep_schedule(1, None), jax.random.normal(jax.random.key(0), (2, 5, 4))
+    velocity_fn = lambda x, t, _: jnp.cos(3 * x)  # noqa: E731
+    for dtype in (jnp.float32, jnp.bfloat16):
+        euler_dtype = "float32" if dtype == jnp.float32 else "compute"
+        args = velocity_fn, x.astype(dtype), timesteps
+        np.testing.assert_array_equal(
+            renoise_sample(*args, words=seed_words([1, 2]), euler_dtype=euler_dtype),
+            euler_sample(*args, euler_dtype=euler_dtype),
+        )
+
+
+def test_each_step_returns_to_the_path_by_noise_of_the_seed_and_the_step():
+    timesteps = np.array([1, 0.7, 0.4, 0], np.float32)
+    seeds, shape = [5, 2**40 + 3], (64, 64)
+    clean = jax.random.normal(jax.random.key(1), (2, *shape))
+    first = initial_noise(seeds, *shape, 1)[..., 0]
+    words = seed_words(seeds)
+
+    @jax.jit
+    def run(x, clean, words, stop):
+        return renoise_sample(towards(clean), x, timesteps, words=words, stop=stop)
+
+    noises = [first]
+    for stop in (1, 2):
+        state, t = run(first, clean, words, stop), timesteps[stop]
+        noises.append((state - (1 - t) * clean) / t)
+    flat = np.stack(noises).reshape(6, -1)
+    correlations = np.corrcoef(flat) - np.eye(6)
+    assert np.abs(correlations).max() < 0.06  # 4 / sqrt(4096)
+    np.testing.assert_allclose(flat.std(1), 1, atol=0.05)
+    np.testing.assert_allclose(run(first, clean, words, 3), clean, atol=1e-5)
+    turned = run(first[::-1], clean[::-1], words[::-1], 2)[::-1]
+    np.testing.assert_allclose(turned, run(first, clean, words, 2), atol=1e-6)
+
+
+@pytest.mark.parametrize("euler_dtype", ["float32", "float32_then_compute"])
+def test_parts_of_a_renoised_run_join_to_the_whole(euler_dtype):
+    timesteps = timestep_schedule(4, None)
+    x = jax.random.normal(jax.random.key(0), (2, 5, 4))
+    x = x if euler_dtype == "float32" else x.astype(jnp.bfloat16)
+
+    @jax.jit
+    def run(x, start, stop):
+        return renoise_sample(
+            lambda x, t, _: jnp.sin(3 * x) + t[:, None, None],
+            *(x, timesteps),
+            words=seed_words([3, 4]),
+            start=start,
+            stop=stop,
+            euler_dtype=euler_dtype,
+        )
+
+    np.testing.assert_array_equal(run(run(run(x, 0, 1), 1, 3), 3, 4), run(x, 0, 4))
+    assert run._cache_size() == 1
+
+
+def test_words_are_asked_for_every_row():
+    x, timesteps = jnp.zeros((3, 1, 1)), timestep_schedule(2, None)
+    with pytest.raises(ValueError, match=r"words are \[2, 2\]; expected \[3, 2\]"):
+        renoise_sample(lambda x, t, _: x, x, timesteps, words=seed_words([1, 2]))
 
 
 def test_in_float32_the_three_arithmetics_agree():

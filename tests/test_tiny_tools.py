@@ -15,6 +15,7 @@ from kontext_jax.data import photos
 from kontext_jax.data.photo_edits import PhotoSource
 from kontext_jax.data.scenes import WORLDS, SceneSource, render
 from kontext_jax.evaluation import edits, photographs
+from kontext_jax.model_card import sampling_rule
 from kontext_jax.models.mmdit import Conditioning, MMDiT
 from kontext_jax.models.presets import MMDiTConfig
 
@@ -167,8 +168,8 @@ def test_the_model_that_ships_fits_and_says_what_it_is():
 
 def test_a_default_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no default cfg; there are default_num_steps"):
-        checkpoint.sampling_rule({"defaults": {"cfg": 2.5}})
-    assert checkpoint.sampling_rule({"defaults": {"megapixels": 0.1}}) == {"megapixels": 0.1}
+        sampling_rule({"defaults": {"cfg": 2.5}})
+    assert sampling_rule({"defaults": {"megapixels": 0.1}}) == {"megapixels": 0.1}
 
 
 # What is written of it

@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from kontext_jax.model_card import Sampler
+
 
 @dataclasses.dataclass(frozen=True)
 class MMDiTConfig:
@@ -125,6 +127,8 @@ class Preset:
     clip: CLIPConfig = CLIPConfig()
     shift_timesteps: bool = True  # schnell samples on the unshifted grid
     default_num_steps: int | None = None  # None: the numerics' default
+    default_sampler: Sampler = "euler"
+    default_timesteps: tuple[float, ...] | None = None  # where as many steps begin; None: evenly
     default_guidance: float | None = None  # likewise; unused without guidance_embed
     default_true_cfg_scale: float = 1.0  # above 1: guided away from the empty prompt
     max_text_tokens: int = 512

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from kontext_jax.command_line import SETTING, Parser, split_settings
+from kontext_jax.model_card import SAMPLERS
 
 STAGES = ("text", "encode", "prepare", "run", "decode")
 EPILOG = """examples:
@@ -50,6 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument("--references", type=int, metavar="N", help="default: 1 where it takes any")
     sample = parser.add_argument_group("with --sample")
     sample.add_argument("--steps", type=int, metavar="N", help="default 28")
+    sample.add_argument("--sampler", choices=SAMPLERS, help="default euler")
     sample.add_argument("--batch", type=int, metavar="N", help="pictures at a time, default 1")
     sample.add_argument("--mesh", metavar="AXIS=N,…", help="as for sample.py; default one device")
     sample.add_argument("--stages", nargs="+", metavar="NAME", help=f"of {', '.join(STAGES)}")
@@ -83,7 +85,7 @@ def check_flags(args: argparse.Namespace, settings: list[tuple[str, str]]) -> No
         if settings:
             raise ValueError(f"{SETTING}{settings[0][0]} goes with --config, not --sample")
         return
-    for name in ("steps", "batch", "mesh", "stages"):
+    for name in ("steps", "sampler", "batch", "mesh", "stages"):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name} goes with --sample; a config has settings, {SETTING}KEY=…")
     for name in ("meshes", "batches", "remats"):

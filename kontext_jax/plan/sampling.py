@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kontext_jax import latents, placement, sharding
 from kontext_jax.checkpoint import parameter_shapes, untrained_bundle
 from kontext_jax.flops import mmdit_flops
+from kontext_jax.model_card import Sampler
 from kontext_jax.models.mmdit import block_form_for, unstacked
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.models.vae import VAE
@@ -50,6 +51,7 @@ class Request:
     size: tuple[int, int] = (1024, 1024)
     num_references: int = 1
     num_steps: int = 28
+    sampler: Sampler = "euler"
     batch_size: int = 1
     dtype: str = "bfloat16"
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -92,7 +94,14 @@ def sampling_stages(request: Request, target: Target) -> list[Stage]:
         references = (noise,) * request.num_references
     guidance = np.ones(batch, np.float32) if preset.mmdit.guidance_embed else None
     x = stages.denoise(
-        noise, txt, vec, num_steps=request.num_steps, guidance=guidance, references=references
+        noise,
+        txt,
+        vec,
+        num_steps=request.num_steps,
+        sampler=request.sampler,
+        seeds=range(batch),
+        guidance=guidance,
+        references=references,
     )
     at_once = stages.num_batch_parts
     stages.decode(x[:at_once])
