@@ -96,7 +96,8 @@ def defaults_of_run(settings: Mapping[str, Any], base: Mapping[str, Any]) -> dic
     """Fields of the preset that follow from what a training run was for, and from what.
 
     Guidance that has been distilled into a network is not applied again, but what its base was
-    guided by is what its input is given. What was distilled to few steps takes those.
+    guided by is what its input is given. What was distilled to few steps takes those, at the times
+    and with the guidance that it was trained for.
 
     Args:
       settings: of the run.
@@ -108,11 +109,13 @@ def defaults_of_run(settings: Mapping[str, Any], base: Mapping[str, Any]) -> dic
             found.setdefault("default_guidance", scale)
         found["default_true_cfg_scale"] = 1.0
     if settings["objective"] == "ladd":
+        times = check_timesteps(settings["ladd"]["timesteps"])
         found |= {
             "shift_timesteps": False,
-            "default_num_steps": 4,
+            "default_num_steps": len(times),
             "default_sampler": "renoise",
-            "default_timesteps": (1.0, 0.75, 0.5, 0.25),
+            "default_timesteps": times,
+            "default_guidance": settings["ladd"]["guidance"],
         }
     return found
 

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 
 from kontext_jax import checkpoint, flow
+from kontext_jax.config_tree import to_dict
 from kontext_jax.model_card import check_defaults, check_timesteps, defaults_of_run, sampling_rule
 from kontext_jax.models.presets import PRESETS
+from kontext_jax.objectives.ladd import LADDConfig
 from kontext_jax.requests import SampleRequest, complete, prepare, request_from_dict
 from kontext_jax.runs import prepare_again
 from kontext_jax.tensor_files import TensorFileError
+from kontext_jax.train_config import TrainConfig
 
 FAST = {
     "default_num_steps": 4,
@@ -125,10 +128,16 @@ def test_what_a_run_was_for_decides_how_it_is_sampled():
     guided = defaults_of_run({"objective": "guidance_distillation"}, teacher)
     expected = teacher | {"default_true_cfg_scale": 1, "default_guidance": 2.5}
     assert guided == expected
-    fast = defaults_of_run({"objective": "ladd"}, guided)
-    assert fast["default_guidance"] == 2.5 and fast["default_true_cfg_scale"] == 1
-    assert (fast["default_num_steps"], fast["default_sampler"]) == (4, "renoise")
-    assert fast["shift_timesteps"] is False
+    ladd = LADDConfig((1.0, 0.5), (0.5, 0.5), (0.0, 1.0))
+    settings = to_dict(TrainConfig(objective="ladd", preset="tiny", weights="w", ladd=ladd))
+    fast = defaults_of_run(settings, guided)
+    assert fast == guided | {
+        "shift_timesteps": False,
+        "default_num_steps": 2,
+        "default_sampler": "renoise",
+        "default_timesteps": (1, 0.5),
+        "default_guidance": settings["ladd"]["guidance"],
+    }
     assert check_defaults({k: v for k, v in fast.items() if k != "shift_timesteps"})
     assert defaults_of_run({"objective": "flow_matching"}, teacher) == teacher
 

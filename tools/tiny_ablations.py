@@ -150,7 +150,7 @@ class VariantModel(Model):
 
         self._params, self._sample = params, jax.jit(sample, static_argnums=5)
 
-    def _denoise(self, prompts, references, noise, cfg):
+    def _denoise(self, prompts, references, noise, seeds, cfg):
         text, negative = self._text(prompts), self._text([""] * len(prompts))
         return np.asarray(self._sample(self._params, noise, text, negative, references, cfg))
 

@@ -27,6 +27,7 @@ from kontext_jax.data.scenes import WORLDS
 from kontext_jax.evaluation import edit_report, edits, photographs
 from kontext_jax.evaluation.edit_features import Features
 from kontext_jax.evaluation.edit_model import Model
+from kontext_jax.evaluation.line_chart import Point, line_chart
 from kontext_jax.images import write_png
 from kontext_jax.perceptual_weights import load_perceptual
 from kontext_jax.pipeline import Pipeline
@@ -150,40 +151,19 @@ def demo_strip(weights: str, columns: int = 6) -> np.ndarray:
 def growth_chart(growth: Mapping[int, Mapping]) -> np.ndarray:
     """Success over steps of joint training, with 95 % intervals: uint8 RGB."""
     names = {
-        "seen": ((31, 90, 180), "scenes, seen combinations"),
-        "held_out": ((210, 80, 30), "scenes, held-out combinations"),
-        "held_out t2i": ((120, 70, 170), "text to image, held-out combinations"),
-        "photos": ((30, 140, 70), "held-out photographs"),
+        "seen": "scenes, seen combinations",
+        "held_out": "scenes, held-out combinations",
+        "held_out t2i": "text to image, held-out combinations",
+        "photos": "held-out photographs",
     }
-    width, height, left, top, bottom = 720, 420, 50, 20, 40
-    font = ImageFont.load_default(13)
-    chart = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(chart)
-    last = max(growth)
-
-    def at(step: float, percent: float) -> tuple[float, float]:
-        along, up = step / last, percent / 100
-        return left + along * (width - left - 20), height - bottom - up * (height - top - bottom)
-
-    for percent in range(0, 101, 20):
-        draw.line([at(0, percent), at(last, percent)], fill=(225, 225, 225))
-        draw.text((8, at(0, percent)[1] - 8), f"{percent} %", fill="black", font=font)
-    for step in growth:
-        x, y = at(step, 0)
-        draw.text((x - 14, y + 6), str(step), fill="black", font=font)
-    draw.text((width // 2 - 60, height - 18), "steps of joint training", fill="black", font=font)
-    for i, (name, (colour, title)) in enumerate(names.items()):
-        points = [at(step, figures[name]["percent"]) for step, figures in growth.items()]
-        draw.line(points, fill=colour, width=2)
-        for (x, y), (step, figures) in zip(points, growth.items(), strict=True):
-            low, high = (at(step, figures[name][end])[1] for end in ("low", "high"))
-            draw.line([x, low, x, high], fill=colour)
-            draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour)
-        draw.line(
-            [left + 10, top + 12 + 18 * i, left + 30, top + 12 + 18 * i], fill=colour, width=3
-        )
-        draw.text((left + 36, top + 4 + 18 * i), title, fill="black", font=font)
-    return np.asarray(chart)
+    curves = {
+        title: [
+            Point(step, *(figures[name][key] for key in ("percent", "low", "high")))
+            for step, figures in growth.items()
+        ]
+        for name, title in names.items()
+    }
+    return line_chart(curves, "steps of joint training", "%")
 
 
 def speed_table(report: Mapping) -> str:

@@ -314,7 +314,7 @@ class SceneSource:
             target, text = self._edit_picture(rng, kind, scene)
             pairs = frozenset(t.pair for t in scene.things)
             return SceneExample(name, kind, scene, target, text, None, pairs)
-        return self._edit_object(rng, kind, scene, name)
+        return self.edit_object(rng, kind, scene, name)
 
     def _draw_scene(self, rng: np.random.Generator) -> Scene:
         world = self.world
@@ -338,7 +338,10 @@ class SceneSource:
         text = "invert the picture" if kind == "invert" else "make the picture gray"
         return dataclasses.replace(scene, style=STYLE_OF_EDIT[kind]), text
 
-    def _edit_object(self, rng, kind: str, scene: Scene, name: str) -> SceneExample | None:
+    def edit_object(
+        self, rng: np.random.Generator, kind: str, scene: Scene, name: str
+    ) -> SceneExample | None:
+        """An edit of one of OBJECT_EDITS of a scene, or None if what was drawn is impossible."""
         things = scene.things
         taken = {t.pair for t in things}
         free_pairs = [pair for pair in self._pairs if pair not in taken]

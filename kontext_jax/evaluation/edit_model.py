@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from kontext_jax.latents import model_to_pixels
+from kontext_jax.model_card import Sampler
 from kontext_jax.sampler import initial_noise
 from kontext_jax.sizes import Size
 
@@ -16,11 +17,21 @@ class Model:
 
     Args:
       stages: `kontext_jax.stages.Stages`.
-      num_steps: Euler steps.
+      num_steps: of the sampler.
+      timesteps: where each step begins; None for the model's even or shifted grid.
+      guidance: what networks that take it are given; others ignore it.
     """
 
-    def __init__(self, stages, num_steps: int):
+    def __init__(
+        self,
+        stages,
+        num_steps: int,
+        sampler: Sampler = "euler",
+        timesteps: Sequence[float] | None = None,
+        guidance: float = 1.0,
+    ):
         self.stages, self.num_steps = stages, num_steps
+        self.sampler, self.timesteps, self.guidance = sampler, timesteps, guidance
         self._texts: dict[str, tuple] = {}
 
     def _text(self, prompts: Sequence[str]) -> tuple:
@@ -31,15 +42,22 @@ class Model:
         txt, vec = zip(*(self._texts[prompt] for prompt in prompts), strict=True)
         return np.concatenate(txt), np.concatenate(vec)
 
-    def _latents(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+    def encode(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        """Latents [N, h/8, w/8, Z] of pictures uint8 [h, w, 3]."""
         return np.concatenate([self.stages.encode_picture(picture) for picture in pictures])
 
-    def _pixels(self, latents: np.ndarray) -> list[np.ndarray]:
-        return [model_to_pixels(picture, "round") for picture in self.stages.decode(latents)]
+    def decode(self, latents: np.ndarray) -> list[np.ndarray]:
+        """Inverse of `encode`, as far as the autoencoder goes."""
+
+        def run(part: Sequence[np.ndarray]) -> list[np.ndarray]:
+            decoded = self.stages.decode(np.stack(part))
+            return [model_to_pixels(picture, "round") for picture in decoded]
+
+        return _in_batches(run, list(latents))
 
     def reconstruct(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Pictures through the autoencoder and back."""
-        return _in_batches(lambda part: self._pixels(self._latents(part)), pictures)
+        return self.decode(self.encode(pictures))
 
     def make(
         self,
@@ -56,25 +74,40 @@ class Model:
           cfg: scale of guidance away from the empty prompt, with the reference; 1: none.
           seed: of the noise; picture i gets seed + i.
         """
+        references = None if sources is None else self.encode(sources)
+        return self.decode(self.draw(prompts, references, size, cfg, seed))
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        references: np.ndarray | None,
+        size: Size,
+        cfg: float,
+        seed: int,
+    ) -> np.ndarray:
+        """As `make`, from latents [N, h/8, w/8, Z] of the references to those of the results."""
         preset = self.stages.preset
         columns, rows = (side // preset.vae.downsampling for side in size)
 
         def run(indices: Sequence[int]) -> list[np.ndarray]:
             seeds = [seed + i for i in indices]
             noise = initial_noise(seeds, rows, columns, preset.vae.z_channels)
-            references = []
-            if sources is not None:
-                references = [self._latents([sources[i] for i in indices])]
-            return self._pixels(
-                self._denoise([prompts[i] for i in indices], references, noise, cfg)
+            given = [] if references is None else [references[list(indices)]]
+            return list(
+                np.asarray(self._denoise([prompts[i] for i in indices], given, noise, seeds, cfg))
             )
 
-        return _in_batches(run, range(len(prompts)))
+        return np.stack(_in_batches(run, range(len(prompts))))
 
     def _denoise(
-        self, prompts: Sequence[str], references: list[np.ndarray], noise: np.ndarray, cfg: float
+        self,
+        prompts: Sequence[str],
+        references: list[np.ndarray],
+        noise: np.ndarray,
+        seeds: Sequence[int],
+        cfg: float,
     ) -> np.ndarray:
-        """Latents of pictures from prompts, encoded references and noise."""
+        """Latents of pictures from prompts, encoded references, and noise drawn by the seeds."""
         count = len(prompts)
         txt, vec = self._text(prompts)
         negative = scale = None
@@ -87,7 +120,10 @@ class Model:
             txt,
             vec,
             num_steps=self.num_steps,
-            guidance=np.ones(count, np.float32) if takes_guidance else None,
+            sampler=self.sampler,
+            timesteps=self.timesteps,
+            seeds=seeds,
+            guidance=np.full(count, self.guidance, np.float32) if takes_guidance else None,
             references=references,
             negative=negative,
             true_cfg_scale=scale,
@@ -96,8 +132,8 @@ class Model:
 
 def _in_batches(run: Callable, items: Sequence) -> list[np.ndarray]:
     """Runs batches of one size, the last filled up with its first item: nothing recompiles."""
-    results = []
-    for start in range(0, len(items), BATCH):
-        part = list(items[start : start + BATCH])
-        results += run(part + part[:1] * (BATCH - len(part)))[: len(part)]
+    results, size = [], min(BATCH, len(items))
+    for start in range(0, len(items), size):
+        part = list(items[start : start + size])
+        results += run(part + part[:1] * (size - len(part)))[: len(part)]
     return results

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 TITLES = {"seen": "Seen combinations", "held_out": "Held-out combinations"}
 RIGHT, WRONG = (0, 160, 0), (210, 0, 0)
@@ -65,6 +65,39 @@ def tables(report: Mapping) -> str:
             f"Text to image, whole scene: {rate_text(rows['text to image'])} %.",
         ]
     return "\n\n".join(parts) + "\n"
+
+
+def rows_sheet(
+    texts: Sequence[str],
+    columns: Mapping[str, Sequence[np.ndarray]],
+    successes: Mapping[str, Sequence[bool]],
+    zoom: int = 2,
+) -> np.ndarray:
+    """One line of pictures for each edit, the columns named at the top: uint8 RGB.
+
+    Args:
+      texts: the instructions.
+      columns: title → a picture of each edit, all of one size.
+      successes: for some of the columns; a green bar under a picture marks a success, a red one a
+        failure.
+    """
+    height_px, width_px = (zoom * side for side in next(iter(columns.values()))[0].shape[:2])
+    font, caption_px, head_px = ImageFont.load_default(12), 18, 18
+    cell, line = width_px + 6, height_px + caption_px + 6
+    sheet = Image.new("RGB", (len(columns) * cell, head_px + len(texts) * line), "white")
+    draw = ImageDraw.Draw(sheet)
+    for j, (title, pictures) in enumerate(columns.items()):
+        draw.text((j * cell + 2, 2), title, fill="black", font=font)
+        for i, pixels in enumerate(pictures):
+            x, y = j * cell, head_px + i * line + caption_px
+            shown = Image.fromarray(np.ascontiguousarray(pixels))
+            sheet.paste(shown.resize((width_px, height_px), Image.Resampling.NEAREST), (x, y))
+            if title in successes:
+                colour = RIGHT if successes[title][i] else WRONG
+                draw.rectangle([x, y + height_px, x + width_px - 1, y + height_px + 2], fill=colour)
+    for i, text in enumerate(texts):
+        draw.text((2, head_px + i * line + 2), text, fill="black", font=font)
+    return np.asarray(sheet)
 
 
 def contact_sheet(

@@ -212,34 +212,44 @@ def evaluate(
             rows[f"model, CFG {cfg:g}"] = 2 * model.num_steps, draw(before, cfg)
         report[split], pictures = {}, {}
         for name, (passes, run) in rows.items():
-            grades = []
+            tries = []
             for number in seeds if passes else seeds[:1]:
                 start = time.monotonic()
-                results = run(number)
+                tries.append(run(number))
                 seconds = time.monotonic() - start
-                grades.append(
-                    [
-                        grade(e.source, e.target, picture, world)
-                        for e, picture in zip(examples, results, strict=True)
-                    ]
-                )
-                pictures.setdefault(name, results)
-            means = [mean_grade(tries) for tries in zip(*grades, strict=True)]
-            report[split][name] = summarise(examples, means) | {
+            pictures[name] = tries[0]
+            report[split][name] = grade_tries(examples, tries, world) | {
                 "passes": passes,
                 "ms_per_picture": 1000 * seconds / count,  # of the last seed, when all is compiled
             }
             if features is not None:
-                report[split][name] |= _feature_distances(features, before, pictures[name], after)
+                report[split][name] |= feature_distances(features, before, tries[0], after)
             tell(f"{split:8} {name:16} {rate_text(report[split][name]['success'])}")
         made[split] = examples, pictures
-        exact = text_to_image(model, world, split, max(1, count // 2), cfg, seeds)
-        report[split]["text to image"] = rate(exact)
+        wanted = caption_examples(world, split, max(1, count // 2), seed)
+        prompts = [e.text for e in wanted]
+        drawn = [model.make(prompts, None, size, cfg, number) for number in seeds]
+        report[split]["text to image"] = rate(exact_share(wanted, drawn, world))
         tell(f"{split:8} text to image    {rate_text(report[split]['text to image'])}")
     return report, made
 
 
-def _feature_distances(features: Features, before, results, after) -> dict:
+def grade_tries(
+    examples: Sequence[SceneExample], tries: Sequence[Sequence[np.ndarray]], world: World
+) -> dict:
+    """The summary of several tries at each edit, which counts once."""
+    grades = [
+        [
+            grade(e.source, e.target, picture, world)
+            for e, picture in zip(examples, pictures, strict=True)
+        ]
+        for pictures in tries
+    ]
+    return summarise(examples, [mean_grade(own) for own in zip(*grades, strict=True)])
+
+
+def feature_distances(features: Features, before, results, after) -> dict:
+    """Of results and sources outside the edits, and of results and targets as a whole."""
     changed = [delta_e(a, b) > CHANGED_DELTA_E for a, b in zip(before, after, strict=True)]
     return {
         "lpips_outside": mean(features.lpips_outside(before, results, changed)),
@@ -247,18 +257,20 @@ def _feature_distances(features: Features, before, results, after) -> dict:
     }
 
 
-def text_to_image(
-    model: Model, world: World, split: str, count: int, cfg: float, seeds: Sequence[int]
-) -> list[float]:
-    """How often, of all seeds, the picture of each caption reads as its scene."""
+def caption_examples(world: World, split: str, count: int, seed: int) -> list[SceneExample]:
+    """Scenes to be drawn from their captions."""
     captions = dataclasses.replace(world, kinds=(CAPTION,))
-    source = SceneSource(captions, split, seed=seeds[0], count=count)
-    wanted = [source[i] for i in range(count)]
-    size = world.size_px, world.size_px
-    drawn = [model.make([e.text for e in wanted], None, size, cfg, seed) for seed in seeds]
+    source = SceneSource(captions, split, seed=seed, count=count)
+    return [source[i] for i in range(count)]
+
+
+def exact_share(
+    wanted: Sequence[SceneExample], tries: Sequence[Sequence[np.ndarray]], world: World
+) -> list[float]:
+    """In how many of its tries the picture of each caption reads as its scene."""
     return [
-        float(np.mean([parse(picture, world) == e.target for picture in tries]))
-        for e, tries in zip(wanted, zip(*drawn, strict=True), strict=True)
+        float(np.mean([parse(picture, world) == e.target for picture in own]))
+        for e, own in zip(wanted, zip(*tries, strict=True), strict=True)
     ]
 
 
