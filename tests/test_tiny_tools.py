@@ -1,5 +1,6 @@
 """The tools around the tiny Kontext: its curriculum, its ablations, and what ships."""
 
+import dataclasses
 import importlib.util
 import json
 import shlex
@@ -15,6 +16,7 @@ from kontext_jax.data import photos
 from kontext_jax.data.photo_edits import PhotoSource
 from kontext_jax.data.scenes import WORLDS, SceneSource, render
 from kontext_jax.evaluation import edits, photographs
+from kontext_jax.evaluation.rows import OpenRow
 from kontext_jax.model_card import sampling_rule
 from kontext_jax.models.mmdit import Conditioning, MMDiT
 from kontext_jax.models.presets import MMDiTConfig
@@ -208,17 +210,18 @@ def photographs_at_hand():
 def test_results_are_written_after_the_mark_and_again(tmp_path, content):
     report = tool("tiny_report")
     page = tmp_path / "tiny.md"
-    page.write_text(f"# Title\n\n{report.MARK}\nold\n")
+    mark = report.MARK.format("tiny_report.py")
+    page.write_text(f"# Title\n\n{mark}\nold\n")
     text = report.results(content, {})
     for _ in range(2):
         report.fill_page(page, text)
     shown = page.read_text()
-    assert shown.startswith("# Title") and shown.count(report.MARK) == 1 and "old" not in shown
+    assert shown.startswith("# Title") and shown.count(mark) == 1 and "old" not in shown
     assert "| model | 100.0 [" in shown and "Held-out combinations" in shown
     page.write_text("# Title\n")
     with pytest.raises(ValueError, match="has no line"):
         report.fill_page(page, text)
-    assert report.MARK in (ROOT / "docs/tiny.md").read_text("utf-8")
+    assert mark in (ROOT / "docs/tiny.md").read_text("utf-8")
 
 
 def test_the_growth_is_drawn_with_a_line_for_each_measure(content):
@@ -244,3 +247,115 @@ def test_the_card_says_what_was_measured(content):
         checkpoint.shipped_bundle(), "x", {"mmdit": 1}, {**content, "photos": None}, 20, 2.5
     )
     assert "it has never seen a photograph" in without
+
+
+# What is distilled from it
+
+
+@pytest.fixture
+def fast_report():
+    tool("tiny_report")  # which it imports by name, as a script beside it
+    return tool("fast_report")
+
+
+def fast_row(success: float, **changes) -> dict:
+    """Figures of a row at a time that has this rate of success."""
+    rate = edits.rate([success / 100] * 500)
+    mean = {"mean": 30.0, "half_width": 0.5}
+    figures = {"success": rate, "text_to_image": rate, "iou": mean, "edited": mean}
+    figures |= {"preserved": mean, "psnr": mean, "psnr_to_teacher": mean, "passes": 4}
+    share = {"share": 0.9, "low": 0.8, "high": 1.0}
+    figures |= {"diversity": share, "diversity_text_to_image": share, "ms_per_picture": 2.0}
+    return figures | changes
+
+
+@pytest.fixture
+def fast_content(fast_report, tmp_path):
+    """Figures of models that meet all criteria but for one step's success."""
+    for name in ("final", "guidance", "ladd"):
+        (tmp_path / name).mkdir()
+    rows = fast_report.table_rows(tmp_path, 20, 2.5)
+    found = {row.name: fast_row(60) for row in rows.values()}
+    found[rows["guided 4"].name] = fast_row(30)
+    found[rows["guided 1"].name] = fast_row(10)
+    found[rows["euler 4"].name] = fast_row(20)
+    found[rows["renoise 1"].name] = fast_row(49)
+    found |= {name: fast_row(0) for name in ("copy", "autoencoder")}
+    identity = checkpoint.shipped_bundle().identity
+    report = {
+        "teacher": rows["teacher"].name,
+        "seeds": 3,
+        "splits": {"held_out": found},
+        "rows": {row.name: {"weights": identity} for row in rows.values()},
+    }
+    names = {key: row.name for key, row in rows.items()}
+    content = {"settings": {"num": 500, "seeds": 3, "chains": 200}, "report": report}
+    return content | {"criteria": fast_report.criteria(report, names, 20)}
+
+
+def test_the_rows_of_the_table_are_those_of_the_models_that_are_there(fast_report, tmp_path):
+    (tmp_path / "ladd").mkdir()
+    rows = fast_report.table_rows(tmp_path, 20, 2.5)
+    assert {key.partition(" ")[0] for key in rows} == {"teacher", "plain", "renoise", "euler"}
+    assert rows["renoise 1"].sampler == "renoise" and "euler 1" not in rows
+    assert [row.name for row in fast_report.turn_rows(rows, 20)] == [
+        "CFG 2.5, 20 steps",
+        "LADD, 4 renoise steps",
+    ]
+
+
+def test_criteria_are_judged_by_what_was_measured(fast_content, fast_report):
+    lines = {line[0]: line[1:] for line in fast_content["criteria"]}
+    assert lines["held out: success of LADD in 4 steps, %"] == ["60.00", "40.00", "yes"]
+    assert lines["held out: success of LADD in 1 step, %"] == ["49.00", "50.00", "no"]
+    assert lines["held out: PSNR of distilled guidance to CFG, dB"] == ["30.00", "25.00", "yes"]
+    assert [line[2] for line in lines.values()].count("no") == 1 and len(lines) == 6
+    rate, psnr = edits.rate([0.5] * 20), {"mean": 30.0, "half_width": 1.0}
+    turn = {"turn": 1, "identity": rate, "success": rate, "psnr": psnr}
+    text = fast_report.results(fast_content, {"report": {"LADD": [turn]}})
+    assert "**CFG 2.5, 20 steps**" in text and "multi_turn.png" in text and "| no |" in text
+
+
+def test_a_distilled_model_is_packed_as_it_is_sampled(fast_content, tmp_path, monkeypatch, capsys):
+    pack = tool("pack_tiny")
+    figures, out = tmp_path / "distilled.json", tmp_path / "tiny-fast"
+    figures.write_text(json.dumps(fast_content))
+    bundle = checkpoint.shipped_bundle()
+    arguments = ["--weights", "w", "--figures", str(figures), "--out", str(out)]
+    monkeypatch.setattr(pack, "open_weights", lambda path: bundle)
+    with pytest.raises(SystemExit, match="does not say how it is sampled"):
+        pack.main(arguments)
+    how = {
+        "default_num_steps": 4,
+        "default_sampler": "renoise",
+        "default_timesteps": (1.0, 0.75, 0.5, 0.25),
+        "default_guidance": 2.5,
+        "default_true_cfg_scale": 1.0,
+    }
+    bundle.preset = dataclasses.replace(bundle.preset, **how)
+    pack.main(arguments)
+    assert "MiB" in capsys.readouterr().out
+    monkeypatch.setitem(checkpoint.PACKAGED, "tiny-fast", out)
+    packed = checkpoint.shipped_bundle("tiny-fast")
+    assert packed.preset == bundle.preset
+    card = (out / "README.md").read_text("utf-8")
+    assert "4 steps of the sampler “renoise” at 1, 0.75, 0.5, 0.25, guidance 2.5" in card
+    assert "| LADD, 1 renoise steps | 4 | 49.0 [" in card
+    monkeypatch.setitem(pack.LARGEST_MIB, "distilled", 1)
+    with pytest.raises(SystemExit, match="may have 1 MiB"):
+        pack.main([*arguments[:-1], str(tmp_path / "other")])
+    assert not (tmp_path / "other").exists()
+    bundle.identity = "another"
+    with pytest.raises(SystemExit, match="about other weights"):
+        pack.main(arguments)
+
+
+def test_the_demonstration_shows_each_picture_by_each_row(fast_report):
+    class Known:
+        def make(self, prompts, sources, size, cfg, seed):
+            return [255 - sources[0]]
+
+    row = OpenRow("known", Known(), 1.0, None, "")
+    shown = fast_report.demo([row], 64)
+    assert shown.shape[1] == 2 * (3 * 64 + 6)
+    assert fast_report.square("example:cat", 64).shape == (64, 64, 3)

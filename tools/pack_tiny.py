@@ -1,10 +1,14 @@
 """Puts a trained small model into the package, with a model card made from its own figures.
 
     python tools/pack_tiny.py --weights RUN --figures FILE.json --out kontext_jax/assets/models/tiny
+    python tools/pack_tiny.py --weights RUN --figures DISTILLED.json \\
+        --out kontext_jax/assets/models/tiny-fast
 
 RUN is a run's folder or a weight directory; FILE.json is what `kontext_jax.evaluation.edits` or
-`tools/tiny_report.py` wrote about the same weights. Transformer and text encoders are stored in
-bfloat16, the autoencoder, which always computes in float32, as it is.
+`tools/tiny_report.py` wrote about the same weights, DISTILLED.json what
+`kontext_jax.evaluation.distilled` or `tools/fast_report.py` did: the model then keeps the sampler,
+steps and guidance that it was distilled for. Transformer and text encoders are stored in bfloat16,
+the autoencoder, which always computes in float32, as it is.
 """
 
 import argparse
@@ -25,10 +29,12 @@ from kontext_jax.checkpoint import (
 )
 from kontext_jax.data import photo_edits, photos
 from kontext_jax.data.scenes import WORLDS
+from kontext_jax.evaluation import distilled
+from kontext_jax.model_card import CHECKS
 from kontext_jax.tensor_writing import write_folder
 from kontext_jax.training_bundle import is_run, open_run
 
-LARGEST_BYTES = 32 * 2**20
+LARGEST_MIB = {"whole": 32, "distilled": 16}
 DTYPES = {"mmdit": jnp.bfloat16, "t5": jnp.bfloat16, "clip": jnp.bfloat16, "vae": jnp.float32}
 SPLITS = {"seen": "combinations seen in training", "held_out": "held-out combinations"}
 
@@ -167,6 +173,46 @@ def card(
     return "\n".join(lines)
 
 
+def fast_card(bundle: ModelBundle, source: str, counts: Mapping[str, int], content: Mapping) -> str:
+    """The model card of a distilled model."""
+    preset, report = bundle.preset, content["report"]
+    side = round((preset.megapixels * 1e6) ** 0.5)
+    times = ", ".join(f"{t:g}" for t in preset.default_timesteps or ()) or "an even grid"
+    steps = f"{preset.default_num_steps} steps of the sampler “{preset.default_sampler}” at {times}"
+    return "\n".join(
+        [
+            "# The tiny Kontext in a few steps",
+            "",
+            "The tiny Kontext (../tiny/README.md) distilled: what took it dozens of passes of the",
+            "network takes this one as many as it has steps. `python sample.py --model tiny-fast`",
+            "uses it.",
+            "",
+            f"- **What it is.** {source[0].upper()}{source[1:]}.",
+            f"  The transformer has {counts['mmdit'] / 1e6:.2f} million parameters; autoencoder",
+            "  and text encoders are those of its teacher.",
+            f"- **What it takes.** Pictures of about {side}×{side} pixels (others are resized),",
+            f"  {steps}, guidance {preset.default_guidance:g} as an input; these are the defaults.",
+            "  1, 2 and 4 steps work (`--steps`).",
+            "- **What it was trained on, what it understands, whose photographs.** As its teacher.",
+            "- **Licence.** Apache-2.0, as the code.",
+            "- **Recipe.** docs/distillation.md, with the commands that make it again.",
+            "",
+            "## Figures",
+            "",
+            f"The row in bold is the teacher; {report['seeds']} seeds of noise each;"
+            " docs/distillation.md",
+            "says what the columns are.",
+            "",
+            distilled.tables(report).strip(),
+            "",
+            "## Limits",
+            "",
+            "Those of its teacher, whose mistakes it has learnt as well.",
+            "",
+        ]
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", required=True, metavar="RUN")
@@ -176,12 +222,33 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     content = json.loads(args.figures.read_text("utf-8"))
     bundle = open_weights(args.weights)
-    if content["weights"] != bundle.identity:
+    is_distilled = "rows" in content["report"]
+    measured = {content.get("weights")}
+    if is_distilled:
+        measured = {row["weights"] for row in content["report"]["rows"].values()}
+    if bundle.identity not in measured:
         raise SystemExit(f"{args.figures} is about other weights than {args.weights}; measure them")
-    steps, cfg = content["settings"]["steps"], content["settings"]["cfg"]
     source = "trained from nothing by kontext_jax (docs/learning.md)"
+    what = "joint training"
+    if is_distilled:
+        source = "distilled from the tiny Kontext by kontext_jax (docs/distillation.md)"
+        what = "distillation"
     if is_run(args.weights):
-        source += f", {open_run(args.weights).step} steps of joint training"
+        source += f", {open_run(args.weights).step} steps of {what}"
+    if is_distilled:
+        if bundle.preset.default_guidance is None or bundle.preset.default_num_steps is None:
+            raise SystemExit(f"{args.weights} does not say how it is sampled; pack a distilled run")
+        defaults = {
+            name: value for name in CHECKS if (value := getattr(bundle.preset, name)) is not None
+        }
+    else:
+        defaults = {
+            "default_num_steps": content["settings"]["steps"],
+            "default_true_cfg_scale": content["settings"]["cfg"],
+            "megapixels": bundle.preset.megapixels,
+        }
+    shift = bundle.preset.shift_timesteps if is_distilled else None
+    largest = LARGEST_MIB["distilled" if is_distilled else "whole"]
 
     def fill(folder: Path) -> None:
         for kind in KINDS:
@@ -192,18 +259,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             target.mkdir(parents=True)
             for file in sorted(files.iterdir()):
                 (target / file.name).write_bytes(file.read_bytes())
-        defaults = {
-            "default_num_steps": steps,
-            "default_true_cfg_scale": cfg,
-            "megapixels": bundle.preset.megapixels,
-        }
-        write_manifest(folder, bundle.preset.name, KINDS, source, "Apache-2.0", defaults=defaults)
-        text = card(bundle, source, count_parameters(folder), content, steps, cfg)
+        write_manifest(folder, bundle.preset.name, KINDS, source, "Apache-2.0", shift, defaults)
+        counts = count_parameters(folder)
+        if is_distilled:
+            text = fast_card(bundle, source, counts, content)
+        else:
+            steps, cfg = defaults["default_num_steps"], defaults["default_true_cfg_scale"]
+            text = card(bundle, source, counts, content, steps, cfg)
         (folder / "README.md").write_text(text, "utf-8")
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        if size > LARGEST_BYTES:
-            raise SystemExit(f"{size / 2**20:.1f} MiB; a model in the package may have 32 MiB")
-        print(f"{args.out}: {size / 2**20:.1f} MiB")
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20
+        if size > largest:
+            raise SystemExit(f"{size:.1f} MiB; such a model in the package may have {largest} MiB")
+        print(f"{args.out}: {size:.1f} MiB")
 
     write_folder(args.out, fill)
 

@@ -35,7 +35,7 @@ from kontext_jax.requests import SampleRequest, prepare
 from kontext_jax.stages import Stages
 from kontext_jax.tensor_writing import write_json
 
-MARK = "<!-- results: written by tools/tiny_report.py -->"
+MARK = "<!-- results: written by tools/{} -->"
 DEMO = (  # image of the package, instruction
     ("example:cat", "make the picture gray"),
     ("example:cat", "tint the picture blue"),
@@ -202,17 +202,18 @@ def results(content: Mapping, growth: Mapping) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def fill_page(page: Path, text: str) -> None:
-    """Puts `text` after the mark of a page.
+def fill_page(page: Path, text: str, tool: str = "tiny_report.py") -> None:
+    """Puts `text` after the mark of a tool in a page.
 
     Raises:
       ValueError: the page has no mark.
     """
-    before, mark, _ = page.read_text("utf-8").partition(MARK)
+    wanted = MARK.format(tool)
+    before, mark, _ = page.read_text("utf-8").partition(wanted)
     if not mark:
-        raise ValueError(f"{page} has no line {MARK}")
+        raise ValueError(f"{page} has no line {wanted}")
     partial = page.with_suffix(".partial")
-    partial.write_text(f"{before}{MARK}\n\n{text}", "utf-8")
+    partial.write_text(f"{before}{wanted}\n\n{text}", "utf-8")
     partial.rename(page)
 
 

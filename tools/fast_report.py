@@ -1,0 +1,212 @@
+"""Measures the distilled tiny models and writes what docs say of them.
+
+    python tools/fast_report.py --runs runs/tiny
+    python tools/pack_tiny.py --weights runs/tiny/ladd --figures runs/tiny/report/distilled.json \\
+        --out kontext_jax/assets/models/tiny-fast
+
+Teacher is DIR/final with classifier-free guidance; beside it stand DIR/guidance and DIR/ladd
+(configs/tiny_guidance_distill.py, configs/tiny_ladd.py), as far as they are there, by as many steps
+as each is made for and fewer. 500 edits of each split by three seeds of noise, 200 chains of six
+edits; what was measured is kept in DIR/report and not measured again for the same weights. VGG16
+must have been fetched once by `python -m kontext_jax.evaluation.fetch_perceptual`. Into --docs go
+distillation.md's results and the pictures distilled.png, multi_turn.png and fast_demo.png; nothing
+of them is typed by hand.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from tiny_report import DEMO, fill_page, measured, say
+
+from convert_weights.runs import open_weights
+from kontext_jax import compiling
+from kontext_jax.data.scenes import WORLDS
+from kontext_jax.evaluation import distilled, multi_turn
+from kontext_jax.evaluation.edit_features import Features
+from kontext_jax.evaluation.edit_report import markdown, rows_sheet
+from kontext_jax.evaluation.rows import OpenRow, Row, open_rows
+from kontext_jax.images import load_picture, resize, write_png
+from kontext_jax.perceptual_weights import load_perceptual
+from kontext_jax.requests import find_image
+
+FEW = (4, 2, 1)
+SHEET = 8
+
+
+def table_rows(runs: Path, steps: int, cfg: float) -> dict[str, Row]:
+    """The rows of the table, by what the criteria call them."""
+    final, guided, fast = (str(runs / name) for name in ("final", "guidance", "ladd"))
+    rows = {
+        "teacher": Row(f"CFG {cfg:g}, {steps} steps", final, steps, "euler", cfg=cfg),
+        "teacher 4": Row(f"CFG {cfg:g}, 4 steps", final, 4, "euler", cfg=cfg),
+        "plain": Row(f"no guidance, {steps} steps", final, steps, "euler", cfg=1.0),
+    }
+    if Path(guided).exists():
+        for n in (steps, *FEW):
+            rows[f"guided {n}"] = Row(f"distilled guidance, {n} steps", guided, n, "euler", cfg)
+    if Path(fast).exists():
+        for n in FEW:
+            rows[f"renoise {n}"] = Row(f"LADD, {n} renoise steps", fast, n, "renoise", cfg)
+        for n in FEW[:-1]:  # one step is the same by both
+            rows[f"euler {n}"] = Row(f"LADD, {n} euler steps", fast, n, "euler", cfg)
+    return rows
+
+
+def turn_rows(rows: Mapping[str, Row], steps: int) -> list[Row]:
+    """Those that are followed over turns."""
+    return [rows[key] for key in ("teacher", f"guided {steps}", "renoise 4") if key in rows]
+
+
+def criteria(report: Mapping, names: Mapping[str, str], steps: int) -> list[list[str]]:
+    """What was asked of the distilled models, found, and whether it is so: lines of a table.
+
+    Args:
+      names: of rows, by what `table_rows` calls them.
+    """
+    lines = []
+    for split, found in report["splits"].items():
+
+        def figure(key: str, *path: str, found=found) -> float | None:
+            value = found.get(names.get(key, ""))
+            for part in path:
+                value = None if value is None else value.get(part)
+            return value
+
+        def line(text: str, value: float | None, least: float | None, split=split) -> None:
+            if value is None or least is None:
+                return
+            met = "yes" if value >= least else "no"
+            lines.append(
+                [f"{split.replace('_', ' ')}: {text}", f"{value:.2f}", f"{least:.2f}", met]
+            )
+
+        def success(key: str) -> float | None:
+            return figure(key, "success", "percent")
+
+        teacher, guided = success("teacher"), f"guided {steps}"
+        line("PSNR of distilled guidance to CFG, dB", figure(guided, "psnr_to_teacher", "mean"), 25)
+        line("success of distilled guidance, % (CFG’s − 2)", success(guided), teacher - 2)
+        few = [key for key in ("renoise 4", "euler 4") if success(key) is not None]
+        if not few or success("guided 4") is None:
+            continue
+        best = max(few, key=success)
+        wanted = min(success("guided 4") + 10, 0.95 * success(guided))
+        line("success of LADD in 4 steps, %", success(best), wanted)
+        line("success of LADD in 1 step, %", success("renoise 1"), 5 * success("guided 1"))
+        line("diversity of LADD’s captions", figure(best, "diversity_text_to_image", "share"), 0.7)
+        line("PSNR outside, LADD, dB", figure(best, "psnr", "mean"),
+             figure(guided, "psnr", "mean") - 1.5)  # fmt: skip
+        if (own := figure(best, "vgg_mmd_to_teacher")) is not None:
+            line("VGG-MMD of 4 teacher steps over LADD’s",
+                 figure("guided 4", "vgg_mmd_to_teacher") / max(own, 1e-9), 1)  # fmt: skip
+    return lines
+
+
+def square(name: str, side: int) -> np.ndarray:
+    """The middle of a picture of the package: uint8 [side, side, 3]."""
+    pixels = load_picture(find_image(name)).pixels
+    height, width = pixels.shape[:2]
+    edge = min(height, width)
+    left, top = (width - edge) // 2, (height - edge) // 2
+    return resize(pixels, side, side, box=(left, top, left + edge, top + edge))
+
+
+def demo(rows: Sequence[OpenRow], side: int) -> np.ndarray:
+    """Pictures of the package edited by each row, with the time of one alone: uint8 RGB."""
+    before = [square(name, side) for name, _ in DEMO]
+    columns = {"before": before}
+    for row in rows:
+        made, seconds = [], []
+        for (_, text), picture in zip(DEMO, before, strict=True):
+            start = time.perf_counter()
+            made += row.model.make([text], [picture], (side, side), row.cfg, 0)
+            seconds.append(time.perf_counter() - start)
+        # The median leaves out the first, which was compiled for.
+        columns[f"{row.name}: {1000 * np.median(seconds):.0f} ms"] = made
+    return rows_sheet([text for _, text in DEMO], columns, {}, zoom=3)
+
+
+def results(content: Mapping, turns: Mapping) -> str:
+    """The part of docs/distillation.md after the mark."""
+    settings = content["settings"]
+    parts = [
+        f"{settings['num']} edits of scenes of each split, half as many captions, "
+        f"{settings['seeds']} seeds of noise each. Bold is the teacher. Columns as in "
+        "`kontext_jax/evaluation/distilled.py`; brackets are 95 % intervals.",
+        distilled.tables(content["report"]).strip(),
+        "What was asked for:",
+        markdown(["", "found", "at least", "met"], content["criteria"]),
+        "The first held-out edits, not chosen:",
+        "![edits by all rows](distilled.png)",
+        "Pictures of the package, and the time of one picture alone on this CPU:",
+        "![teacher and few steps](fast_demo.png)",
+        f"### Six edits in a row\n\n{settings['chains']} chains of edits about all but one object; "
+        "see `kontext_jax/evaluation/multi_turn.py`.",
+        multi_turn.table(turns["report"]).strip(),
+        "![what is left after each turn](multi_turn.png)",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs/tiny"), metavar="DIR")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), metavar="DIR")
+    parser.add_argument("--num", type=int, default=500, help="edits of scenes of each split")
+    parser.add_argument("--chains", type=int, default=200, help="of six edits")
+    parser.add_argument("--seeds", type=int, default=3, help="of noise")
+    parser.add_argument("--steps", type=int, default=20, help="of the teacher")
+    parser.add_argument("--cfg", type=float, default=2.5, help="guidance, in either form")
+    parser.add_argument("--no-vgg", action="store_true", help="without distances by VGG16")
+    args = parser.parse_args(argv)
+    out = args.runs / "report"
+    out.mkdir(parents=True, exist_ok=True)
+    compiling.keep_compiled_programs(compiling.default_cache_dir())
+    world, rows = WORLDS["easy"], table_rows(args.runs, args.steps, args.cfg)
+    opened = dict(zip(rows, open_rows(list(rows.values()), open_weights), strict=True))
+    names = {key: row.name for key, row in rows.items()}
+    settings = {name: getattr(args, name) for name in ("num", "chains", "seeds", "steps", "cfg")}
+    settings["vgg"] = not args.no_vgg
+
+    def measure() -> dict:
+        vgg = None if args.no_vgg else Features(load_perceptual("vgg16"))
+        report, made = distilled.evaluate(
+            list(opened.values()),
+            names["teacher"],
+            *(world, args.num, 0, args.seeds),
+            features=vgg,
+            tell=say,
+        )
+        write_png(out / "distilled.png", distilled.sheet(made["held_out"], world, SHEET), {})
+        return {"report": report, "criteria": criteria(report, names, args.steps)}
+
+    followed = [row.name for row in turn_rows(rows, args.steps)]
+
+    def measure_turns() -> dict:
+        chosen = [row for row in opened.values() if row.name in followed]
+        report, _, _ = multi_turn.evaluate(chosen, world, args.chains, keep=True, tell=say)
+        multi_turn.write_report(out, settings, chosen, report)
+        return {"report": report}
+
+    facts = {row.name: row.facts for row in opened.values()}
+    facts = {"settings": settings, "rows": json.loads(json.dumps(facts))}
+    content = measured(out / "distilled.json", facts, measure)
+    turns = measured(out / "turns.json", facts, measure_turns)
+    for name in ("distilled.png", "multi_turn.png"):
+        (args.docs / name).write_bytes((out / name).read_bytes())
+    shown = [
+        opened[key] for key in ("teacher", "renoise 4", "renoise 2", "renoise 1") if key in opened
+    ]
+    write_png(args.docs / "fast_demo.png", demo(shown, world.size_px), {})
+    fill_page(args.docs / "distillation.md", results(content, turns), "fast_report.py")
+    say(f"wrote {args.docs / 'distillation.md'}")
+
+
+if __name__ == "__main__":
+    main()
