@@ -1,6 +1,7 @@
 """What tasks that train the transformer share: its weights, the frozen encoders, what feeds it."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -14,13 +15,13 @@ from kontext_jax.chips import peak_flops
 from kontext_jax.conditioning import encode_batch, tokens_of
 from kontext_jax.data.batches import EncodedBatch, ImageBatch
 from kontext_jax.flops import Flops, mmdit_flops
-from kontext_jax.flow import timestep_mu, timestep_schedule
+from kontext_jax.flow import sampling_schedule
 from kontext_jax.models.mmdit import Conditioning, MMDiT, init_params, make_velocity_fn
 from kontext_jax.models.presets import PRESETS, Preset
 from kontext_jax.objectives.base import Objective, TokenBatch, num_samples
 from kontext_jax.ops.attention import Backend, backend_for
 from kontext_jax.optimizer import make_optimizer, make_schedule
-from kontext_jax.sampler import euler_sample, initial_noise
+from kontext_jax.sampler import euler_sample, initial_noise, renoise_sample, seed_words
 from kontext_jax.sharding import batch_shardings, shard_batch
 from kontext_jax.teacher import with_guidance_input
 from kontext_jax.tokenizing import Tokenizers
@@ -213,8 +214,13 @@ class TokenFeed:
         model, count = self._task._model, num_samples(tokens)
         seeds = [self._seed + i for i in range(count)]
         noise = latents.pack(initial_noise(seeds, *size, encoded.x0.shape[3]))
-        mu = timestep_mu(noise.shape[1]) if self._task._preset.shift_timesteps else None
-        timesteps = timestep_schedule(self._num_steps, mu)
+        preset, num_steps = self._task._preset, self._num_steps
+        own = preset.default_timesteps
+        own = own if own and len(own) == num_steps else None
+        timesteps = sampling_schedule(num_steps, noise.shape[1], preset.shift_timesteps, own)
+        sampler = euler_sample
+        if preset.default_sampler == "renoise":
+            sampler = functools.partial(renoise_sample, words=seed_words(seeds))
 
         def make():
             def run(params, frozen, tokens, noise, timesteps):
@@ -223,7 +229,7 @@ class TokenFeed:
                     guidance = jnp.full(count, self._guidance, jnp.float32)
                 cond = conditioning.of_batch(tokens, guidance)
                 velocity_fn = self._task._velocity_fn(params, frozen, cond)
-                return latents.unpack(euler_sample(velocity_fn, noise, timesteps), *size)
+                return latents.unpack(sampler(velocity_fn, noise, timesteps), *size)
 
             return run
 

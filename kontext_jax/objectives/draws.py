@@ -119,9 +119,11 @@ class TimesConfig:
         return flow.on_trainer_grid(1 - t, self.timestep_grid)[1] if self.timestep_grid else t
 
 
-def draw_noise(key: jax.Array, sample_index: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def draw_noise(
+    key: jax.Array, sample_index: jax.Array, shape: tuple[int, ...], use: str = "noise"
+) -> jax.Array:
     """Standard normal noise of each sample: float32 [b, *shape]."""
-    keys = sample_keys(key, "noise", sample_index)
+    keys = sample_keys(key, use, sample_index)
     return jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
 
 

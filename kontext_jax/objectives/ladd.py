@@ -26,6 +26,7 @@ import optax
 from jax import lax
 
 from kontext_jax import flow
+from kontext_jax.model_card import check_timesteps
 from kontext_jax.objectives.adversarial import (
     Adversary,
     Networks,
@@ -44,6 +45,7 @@ from kontext_jax.objectives.base import (
     sample_keys,
     use_key,
 )
+from kontext_jax.objectives.draws import draw_noise, means_by_time
 from kontext_jax.objectives.flow_matching import Predict
 from kontext_jax.train_state import TrainState, make_train_state
 from kontext_jax.types import Params
@@ -93,11 +95,10 @@ class LADDConfig:
     guidance: float = 2.5
 
     def __post_init__(self):
-        times = tuple(self.timesteps)
-        if not times or times[0] != 1 or list(times) != sorted(set(times), reverse=True):
-            raise ValueError(f"ladd.timesteps is {times}; expected times from 1 downwards")
-        if times[-1] <= 0:
-            raise ValueError(f"ladd.timesteps ends at {times[-1]}; it must be above 0")
+        try:
+            times = check_timesteps(self.timesteps)
+        except ValueError as error:
+            raise ValueError(f"ladd.timesteps: {error}") from error
         for name in ("probabilities", "warmup_probabilities"):
             given = tuple(getattr(self, name))
             if len(given) != len(times) or min(given) < 0 or abs(sum(given) - 1) > 1e-6:
@@ -196,10 +197,6 @@ def make_ladd(
     check_step_options(ema_decay, accumulate_steps)
     times = jnp.asarray(config.timesteps, jnp.float32)
 
-    def normals(key, use, sample_index, shape):
-        keys = sample_keys(key, use, sample_index)
-        return jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
-
     def denoise(params, frozen, batch, x_t, t):
         """x̂0 and the velocity, float32."""
         guidance = jnp.full(t.shape, config.guidance, jnp.float32) if takes_guidance else None
@@ -222,7 +219,7 @@ def make_ladd(
     def draw_inputs(params, frozen, batch, probabilities, key, sample_index):
         """x_t and t of the student."""
         x0 = batch.x0.astype(jnp.float32)
-        noise = normals(key, "noise", sample_index, x0.shape[1:])
+        noise = draw_noise(key, sample_index, x0.shape[1:])
         index = jax.vmap(lambda k: jax.random.categorical(k, jnp.log(probabilities)))(
             sample_keys(key, "t", sample_index)
         )
@@ -236,10 +233,10 @@ def make_ladd(
 
     def look(frozen, x, batch, key, use, sample_index):
         """Features of x at a random s, a function of x; and s [B]."""
-        logit = normals(key, f"{use}_s", sample_index, ())
+        logit = draw_noise(key, sample_index, (), f"{use}_s")
         s = jax.nn.sigmoid(config.renoise_mean + config.renoise_sigma * logit)
         s = jnp.clip(s, *config.renoise_range)
-        noise = normals(key, f"{use}_noise", sample_index, x.shape[1:])
+        noise = draw_noise(key, sample_index, x.shape[1:], f"{use}_noise")
 
         def seen(x):
             return tuple(features(frozen, flow.interpolate(x, noise, s), s, batch))
@@ -355,8 +352,8 @@ def make_ladd(
     def evaluate(params, frozen, batch: TokenBatch, key):
         x0 = batch.x0.astype(jnp.float32)
         sample_index = jnp.arange(num_samples(batch), dtype=jnp.int32)
-        noise = normals(key, "noise", sample_index, x0.shape[1:])
-        other_noise = normals(key, "fake_noise", sample_index, x0.shape[1:])
+        noise = draw_noise(key, sample_index, x0.shape[1:])
+        other_noise = draw_noise(key, sample_index, x0.shape[1:], "fake_noise")
         s = jnp.full(len(x0), jax.nn.sigmoid(config.renoise_mean))
 
         def seen(x):
@@ -406,14 +403,7 @@ def _judgement(real, fake, real_s, fake_s) -> Metrics:
     metrics["discriminator/active"] = sum(active) / (2 * len(active))
     is_right = [_shares([r > 0 for r in real]), _shares([f < 0 for f in fake])]  # [B] each
     s, right = jnp.concatenate([real_s, fake_s]), jnp.concatenate(is_right)
-    part = jnp.clip((s * NUM_ACCURACY_BINS).astype(jnp.int32), 0, NUM_ACCURACY_BINS - 1)
-    for i in range(NUM_ACCURACY_BINS):
-        name = f"discriminator/accuracy/{i}"
-        metrics |= {
-            f"{name}/sum": jnp.sum(jnp.where(part == i, right, 0)),
-            f"{name}/count": jnp.sum(part == i).astype(jnp.float32),
-        }
-    return metrics
+    return metrics | means_by_time(s, {"discriminator/accuracy": right}, NUM_ACCURACY_BINS)
 
 
 def _shares(maps: Sequence[jax.Array]) -> jax.Array:

@@ -1,0 +1,167 @@
+"""The task of adversarial distillation: what it refuses, its step's shapes, a run that goes on."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kontext_jax import metrics, train_loop
+from kontext_jax.checkpoint import untrained_bundle
+from kontext_jax.data.config import DataConfig
+from kontext_jax.models.feature_heads import FeatureHeadsConfig
+from kontext_jax.objectives.ladd import LADDConfig
+from kontext_jax.sharding import MeshConfig, make_mesh
+from kontext_jax.task_table import make_task
+from kontext_jax.train_config import TrainConfig, parse
+from kontext_jax.training_bundle import training_bundle
+from kontext_jax.training_checkpoints import CheckpointConfig
+
+ROOT = Path(__file__).parents[1]
+
+
+def read_config(name, settings=()) -> TrainConfig:
+    path = ROOT / "configs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return parse(module.get_config(), settings)
+
+
+def untrained(path):
+    return untrained_bundle(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("tiny", (("ladd.on_policy", "0.5"),), "acts with objective='ladd' only"),
+        ("tiny", (("heads.width", "8"),), "acts with objective='ladd' only"),
+        ("tiny", (("discriminator_optimizer.b1", "0.0"),), "there is no discriminator"),
+        ("tiny_ladd", (("discriminator.width", "8"),), "there is no discriminator"),
+        ("tiny_ladd", (("discriminator_optimizer.name", "muon"),), "choose 'adamw'"),
+        ("tiny_ladd", (("weights", ""),), "starts from weights"),
+        ("tiny_ladd", (("train", "lora"),), "which the objective ladd has not"),
+        ("tiny_ladd", (("flow.text_dropout", "0.2"),), "acts with objective='flow_matching' only"),
+    ],
+)
+def test_settings_without_effect_are_refused(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        read_config(name, settings)
+
+
+def test_heads_and_guidance_must_fit_the_networks():
+    config = dataclasses.replace(
+        read_config("tiny_ladd"), weights="tiny-kontext", encoders="tiny-kontext"
+    )
+    far = dataclasses.replace(config, heads=FeatureHeadsConfig(blocks=(1, 6)))
+    with pytest.raises(ValueError, match=r"heads.blocks has 6, but .* are 0 to 5"):
+        make_task(far, untrained)
+    unguided = dataclasses.replace(
+        config,
+        preset="tiny-kontext",
+        ladd=LADDConfig(guidance=4.0),
+        eval=dataclasses.replace(config.eval, sample_guidance=2.5),
+    )
+    with pytest.raises(ValueError, match=r"ladd.guidance is 4, but neither"):
+        make_task(unguided, untrained)
+
+
+def check_step(config, preset, size, num_heads):
+    """Traces the task's step on shapes alone; the numbers of trained parameters."""
+    task = make_task(dataclasses.replace(config, weights=preset, encoders=preset), untrained)
+    state = train_loop.abstract_state(task, make_mesh(MeshConfig(), jax.devices()[:1]))
+    batch = task.abstract_batch(config.batch_size, size, 1)
+    frozen = task.frozen_shapes()
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    after, found = jax.eval_shape(task.objective.step, state, frozen, batch, key)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    assert {f"discriminator/real/{num_heads - 1}", "x0_grad"} <= found.keys()
+    assert f"discriminator/real/{num_heads}" not in found
+    assert all(x.shape == () and x.dtype == jnp.float32 for x in found.values())
+    assert {x.dtype for x in jax.tree.leaves(frozen)} == {jnp.dtype(config.dtype)}
+    return [sum(x.size for x in jax.tree.leaves(t)) for t in (state.params, state.extra.params)]
+
+
+def test_the_step_takes_pictures_that_are_not_square():
+    """In the types of a large run: a frozen teacher in bfloat16, rematerialised blocks."""
+    config = dataclasses.replace(
+        read_config("tiny_ladd"), dtype="bfloat16", batch_size=2, remat="save_products"
+    )
+    check_step(config, "tiny-kontext", (96, 64), 4)
+
+
+@pytest.mark.slow
+def test_the_full_size_step_is_traced_as_it_stands():
+    config = dataclasses.replace(
+        read_config("ladd"), batch_size=2, accumulate_steps=1, attention_backend="reference"
+    )
+    counts = check_step(config, "kontext-dev", (1024, 768), 8)
+    assert counts == [11_901_408_320, 22_040_584]
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_with_heads_is_the_unbroken_one(tmp_path):
+    """Parameters, average, heads and their optimizer; and it samples as its card says."""
+    tiny = read_config("tiny_ladd")
+    config = dataclasses.replace(
+        tiny,
+        preset="tiny-scenes",
+        weights="tiny-scenes",
+        encoders="tiny-scenes",
+        batch_size=2,
+        optimizer=dataclasses.replace(tiny.optimizer, warmup_steps=2),
+        ladd=LADDConfig(warmup_steps=2, discriminator_steps=2, negative_weight=0.5),
+        heads=FeatureHeadsConfig(blocks=(1, 3), width=8),
+        data=DataConfig(sources=("scenes:easy-crowded:any:16",), buckets=("64x64",)),
+        eval=dataclasses.replace(
+            tiny.eval,
+            cache="",
+            sources=("scenes:easy-crowded:seen:4",),
+            every_steps=3,
+            num_batches=1,
+            sample_every_steps=4,
+            sample_rows=2,
+        ),
+        checkpoint=CheckpointConfig(every_steps=3),
+        log=dataclasses.replace(tiny.log, every_steps=1),
+    )
+
+    def train(run, num_steps):
+        lines = []
+        train_loop.train(
+            dataclasses.replace(config, num_steps=num_steps),
+            str(run),
+            open_weights=untrained,
+            tell=lines.append,
+        )
+        return lines
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(whole, 5)
+    train(broken, 4)
+    assert any(line.startswith("going on from step 4") for line in train(broken, 5))
+    rows = [
+        [
+            row
+            for kind in ("train", "eval", "eval_ema")
+            for row in metrics.read(run / metrics.FILE, kind)
+        ]
+        for run in (whole, broken)
+    ]
+    assert rows[0] == rows[1]
+    assert rows[0][4]["discriminator/param_norm"] != rows[0][3]["discriminator/param_norm"]
+    assert (whole / "samples" / "4.png").exists()
+
+    preset = training_bundle(whole, open_weights=untrained).preset
+    assert preset.default_sampler == "renoise" and preset.default_num_steps == 4
+    assert preset.default_timesteps == (1.0, 0.75, 0.5, 0.25) and not preset.shift_timesteps
+    first, last = (
+        np.asarray(training_bundle(whole, which=which, open_weights=untrained).components["mmdit"]
+                   .load()["final_layer"]["kernel"])
+        for which in ("ema", "params")
+    )  # fmt: skip
+    assert np.abs(first - last).max() > 0
