@@ -78,4 +78,4 @@ def make_apg(parallel: float = 0.0, norm_limit: float = 0.0) -> GuideFn:
 def _per_sample(values, like: jax.Array) -> jax.Array:
     """[B] values against [B, …]; a single one as it is."""
     values = jnp.asarray(values)
-    return values.reshape(values.shape + (1,) * (like.ndim - 1)) if values.ndim else values
+    return values.reshape(-1, *(1,) * (like.ndim - 1)) if values.ndim else values

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from kontext_jax.guidance import cfg
 from kontext_jax.types import VelocityFn
 
 EulerDtype = Literal["float32", "compute", "float32_then_compute"]
@@ -200,7 +201,7 @@ def _follow(
 def guided_velocity_fn(
     conditional: VelocityFn, unconditional: VelocityFn, scale: float | jax.Array
 ) -> VelocityFn:
-    """True classifier-free guidance: v_neg + scale·(v − v_neg), two passes a step.
+    """True classifier-free guidance by one scale or [B]: v_neg + scale·(v − v_neg), two passes.
 
     A step input of the result is the pair (of the conditional, of the unconditional), or None.
     """
@@ -209,7 +210,6 @@ def guided_velocity_fn(
         positive_input, negative_input = (None, None) if step_input is None else step_input
         positive = conditional(x, t, positive_input)
         negative = unconditional(x, t, negative_input)
-        low, high = negative.astype(jnp.float32), positive.astype(jnp.float32)
-        return (low + scale * (high - low)).astype(positive.dtype)
+        return cfg(negative, positive, x, t, scale).astype(positive.dtype)
 
     return velocity_fn

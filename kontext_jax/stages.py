@@ -226,7 +226,7 @@ class Stages:
                 velocity_fn = make_velocity_fn(model, params, cond)
                 if negative is not None:
                     other = make_velocity_fn(model, params, _with_text(cond, negative))
-                    velocity_fn = guided_velocity_fn(velocity_fn, other, scale[:, None, None])
+                    velocity_fn = guided_velocity_fn(velocity_fn, other, scale)
                 solve = euler_sample
                 if words is not None:
                     solve = functools.partial(renoise_sample, words=words)
