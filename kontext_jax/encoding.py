@@ -279,6 +279,7 @@ class ProgressLine:
       images_per: pictures in one of them, on average.
       show: is given the line.
       every_s: seconds between lines.
+      verb: what happened to what is done.
     """
 
     def __init__(
@@ -288,8 +289,10 @@ class ProgressLine:
         show: Tell,
         every_s: float,
         clock: Callable[[], float] = time.monotonic,
+        verb: str = "encoded",
     ):
         self._total, self._images_per, self._show = total, images_per, show
+        self._verb = verb
         self._every_s, self._clock = every_s, clock
         self._start = self._last = clock()
 
@@ -301,6 +304,6 @@ class ProgressLine:
         rate = done / (now - self._start)
         left = duration((self._total - done) / rate) if rate else "?"
         self._show(
-            f"encoded {done:,} of {self._total:,} · {rate * self._images_per:.3g} images/s · "
+            f"{self._verb} {done:,} of {self._total:,} · {rate * self._images_per:.3g} images/s · "
             f"{left} left"
         )

@@ -12,6 +12,7 @@ ENTRY_POINTS = {
     "sample.py",
     "train.py",
     "encode.py",
+    "synthesize.py",
     "edits.py",
     "reconstruction.py",
     "distilled.py",
@@ -77,7 +78,7 @@ FLOORS = {
         "train_config",
         "sample_grid",
     ),
-    5: ("pipeline", "training_tasks", "training_data", "teacher"),
+    5: ("pipeline", "synthesis", "training_tasks", "training_data", "teacher"),
     6: (
         "evaluation",
         "runs",

@@ -119,6 +119,11 @@ class EncodedCache:
         number, place = self._texts[sample]
         return self._shard(int(number)).read_text(int(place))
 
+    def prompt(self, sample: int) -> str:
+        """The prompt itself, of the sample at this place of `ids`."""
+        number, place = self._texts[sample]
+        return self._shard(int(number)).read(int(place))[0]["prompt"]
+
     def null_text(self) -> tuple[np.ndarray, np.ndarray]:
         """txt [T, D] and vec [D] of the empty prompt."""
         return read_null_text(self.directory, self._made_by)

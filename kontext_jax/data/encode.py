@@ -40,7 +40,7 @@ DATA_OPTIONS = (
     *("resolution", "buckets", "random_crop", "flip", "on_bad_sample", "largest_aspect_mismatch"),
     *("filter_function", "filter_command", "verify", "index_dir", "threads"),
 )
-_TERMINAL_EVERY_S, _LINES_EVERY_S = 0.5, 10.0
+TERMINAL_EVERY_S, LINES_EVERY_S = 0.5, 10.0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -173,7 +173,7 @@ def encode(args: argparse.Namespace) -> None:
             sum(max(1, len(job.variants)) for job in jobs),
             pictures / max(1, todo),
             (lambda line: print(f"\r{line:<78}", end="", flush=True)) if terminal else tell,
-            _TERMINAL_EVERY_S if terminal else _LINES_EVERY_S,
+            TERMINAL_EVERY_S if terminal else LINES_EVERY_S,
         )
         start = time.monotonic()
         work.run(jobs, progress)
