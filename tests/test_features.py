@@ -99,6 +99,7 @@ def test_features_are_target_tokens_after_the_blocks(setting, seen):
     np.testing.assert_allclose(earlier[0], features[0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_nothing_after_the_last_chosen_block_is_read(setting, seen):
     """Weights that are not numbers there do no harm: they are not multiplied with anything."""
     params, cond, x, t = setting
@@ -111,9 +112,8 @@ def test_nothing_after_the_last_chosen_block_is_read(setting, seen):
     assert np.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize(
-    ("form", "remat"), [("scan", "full"), pytest.param("list", "none", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "remat"), [("scan", "full"), ("list", "none")])
 def test_scan_list_and_rematerialised_blocks_give_the_same(setting, seen, form, remat):
     params, cond, x, t = setting
     model = MMDiT(CONFIG, remat=remat, block_form=form)

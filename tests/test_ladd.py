@@ -189,42 +189,35 @@ def probabilities_at(step, config=LOSS):
     return config.warmup_probabilities if step < config.warmup_steps else config.probabilities
 
 
+@jax.jit
+def by_hand(theta, phi, key, probabilities):
+    """L_G, its gradient by the student; L_D's gradients by both; L_D without penalty, and that."""
+    g, d = written_out(LOSS, draws(key, probabilities))
+    value, by_theta = jax.value_and_grad(g)(theta, phi)
+    (leak, by_phi), losses = jax.grad(d, (0, 1), has_aux=True)(theta, phi)
+    return value, by_theta, leak, by_phi, losses
+
+
 @pytest.mark.parametrize("at", [0, 3])
 def test_both_gradients_are_those_of_the_written_out_losses(fresh, stepped, at):
     """SGD at rate 1: what changed is the gradient, L_G's for the student, L_D's for the heads.
 
     The student's goes through heads and teacher; were L_G to reach the heads as well, or L_D the
-    student, the changes would differ.
+    student, the changes would differ. Step 0 draws times as the warm-up has them, step 3 no more.
     """
     after, metrics = stepped[1][at]
     theta, phi = fresh.params, fresh.extra.params
-
-    @jax.jit
-    def by_hand(theta, phi, key):
-        g, d = written_out(LOSS, draws(key, probabilities_at(at)))
-        by_theta = jax.grad(g)(theta, phi)
-        leak = jax.grad(lambda p: d(p, phi)[0])(theta)
-        return g(theta, phi), by_theta, leak, *jax.grad(d, 1, has_aux=True)(theta, phi)
-
-    loss, by_theta, leak, by_phi, (d_loss, penalty) = by_hand(
-        theta, phi, jax.random.fold_in(KEY, at)
-    )
+    key, probabilities = jax.random.fold_in(KEY, at), jnp.asarray(probabilities_at(at))
+    value, by_theta, leak, by_phi, losses = by_hand(theta, phi, key, probabilities)
     assert_trees_close(change(theta, after.params), by_theta)
     assert_trees_close(change(phi, after.extra.params), by_phi)
     assert optax.tree.norm(leak) > 1e-2, "L_D depends on the student, had it been let"
-    for name, value in (
-        ("loss", loss), ("discriminator/loss", d_loss), ("discriminator/r1", penalty),
-    ):  # fmt: skip
-        assert metrics[name] == pytest.approx(float(value), rel=1e-4), name
+    for name, expected in zip(
+        ("loss", "discriminator/loss", "discriminator/r1"), (value, *losses), strict=True
+    ):
+        assert metrics[name] == pytest.approx(float(expected), rel=1e-4), name
     assert metrics["x0_grad"] > 1e-3
     assert after.extra.step == 1 and after.step == at + 1
-
-
-def test_times_are_drawn_as_often_as_asked_for():
-    """By `draws`, which the test before showed to be those of the steps."""
-    assert set(np.asarray(draws(KEY, LOSS.warmup_probabilities)[1])) <= {2, 3}
-    many = jax.vmap(lambda k: draws(k, LOSS.probabilities)[1])(jax.random.split(KEY, 1000))
-    np.testing.assert_allclose(np.bincount(many.ravel()) / 4000, LOSS.probabilities, atol=0.03)
 
 
 @pytest.mark.slow
@@ -335,7 +328,7 @@ def test_the_penalty_is_what_finite_differences_say():
         return gradient_penalty(lambda f: judge(params, f), seen)
 
     @jax.jit
-    def by_differences(params, h=1e-2):
+    def by_differences(params, h=1e-3):  # small: leaky ReLUs have kinks
         total = 0.0
         for k, f in enumerate(seen):
 
@@ -349,7 +342,7 @@ def test_the_penalty_is_what_finite_differences_say():
 
     value, grads = jax.jit(jax.value_and_grad(penalty))(params)
     assert value == pytest.approx(float(by_differences(params)), rel=1e-2)
-    norm, h = optax.tree.norm(grads), 1e-2
+    norm, h = optax.tree.norm(grads), 1e-3
     ends = [
         jax.jit(penalty)(jax.tree.map(lambda p, g, s=s: p + s * h * g / norm, params, grads))
         for s in (1, -1)

@@ -70,37 +70,41 @@ def test_heads_and_guidance_must_fit_the_networks():
         make_task(unguided, untrained)
 
 
-def check_step(config, preset, size, num_heads):
-    """Traces the task's step on shapes alone; the numbers of trained parameters."""
+def shapes_of(config, preset):
+    """The task, the shapes of its state, and the numbers of parameters of student and heads."""
     task = make_task(dataclasses.replace(config, weights=preset, encoders=preset), untrained)
     state = train_loop.abstract_state(task, make_mesh(MeshConfig(), jax.devices()[:1]))
-    batch = task.abstract_batch(config.batch_size, size, 1)
-    frozen = task.frozen_shapes()
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    after, found = jax.eval_shape(task.objective.step, state, frozen, batch, key)
-    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
-    assert {f"discriminator/real/{num_heads - 1}", "x0_grad"} <= found.keys()
-    assert f"discriminator/real/{num_heads}" not in found
-    assert all(x.shape == () and x.dtype == jnp.float32 for x in found.values())
-    assert {x.dtype for x in jax.tree.leaves(frozen)} == {jnp.dtype(config.dtype)}
-    return [sum(x.size for x in jax.tree.leaves(t)) for t in (state.params, state.extra.params)]
+    trained = state.params, state.extra.params
+    return task, state, [sum(x.size for x in jax.tree.leaves(t)) for t in trained]
 
 
-def test_the_step_takes_pictures_that_are_not_square():
-    """In the types of a large run: a frozen teacher in bfloat16, rematerialised blocks."""
-    config = dataclasses.replace(
-        read_config("tiny_ladd"), dtype="bfloat16", batch_size=2, remat="save_products"
-    )
-    check_step(config, "tiny-kontext", (96, 64), 4)
+def test_the_teacher_is_frozen_in_the_compute_dtype_and_heads_are_trained():
+    config = dataclasses.replace(read_config("tiny_ladd"), dtype="bfloat16")
+    task, state, _ = shapes_of(config, "tiny-kontext")
+    assert {x.dtype for x in jax.tree.leaves(task.frozen_shapes())} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(state.extra.params)} == {jnp.dtype("float32")}
+    assert state.extra.params.keys() == {f"head_{i}" for i in range(4)}
+    assert "heads: after blocks 0, 1, 3, 5" in " ".join(task.sources)
 
 
 @pytest.mark.slow
 def test_the_full_size_step_is_traced_as_it_stands():
+    """With pictures that are not square."""
     config = dataclasses.replace(
         read_config("ladd"), batch_size=2, accumulate_steps=1, attention_backend="reference"
     )
-    counts = check_step(config, "kontext-dev", (1024, 768), 8)
+    task, state, counts = shapes_of(config, "kontext-dev")
     assert counts == [11_901_408_320, 22_040_584]
+    after, found = jax.eval_shape(
+        task.objective.step,
+        state,
+        task.frozen_shapes(),
+        task.abstract_batch(2, (1024, 768), 1),
+        jax.eval_shape(lambda: jax.random.key(0)),
+    )
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    assert {"discriminator/real/7", "x0_grad"} <= found.keys()
+    assert all(x.shape == () and x.dtype == jnp.float32 for x in found.values())
 
 
 @pytest.mark.slow

@@ -26,18 +26,25 @@ WIDTH, DEPTH, EMBED = 64, 3, 32
 BATCH = 256
 
 
-def mode_centres() -> np.ndarray:
-    """[8, 2]; mode m belongs to class m mod 4, so that the two of a class face each other."""
-    angles = 2 * np.pi * np.arange(MODES) / MODES
+def mode_centres(neighbours: bool = False) -> np.ndarray:
+    """[8, 2]; mode m belongs to class m mod 4.
+
+    Args:
+      neighbours: whether the two modes of a class are side by side, where guidance and single steps
+        go far beyond the ring; else they face each other.
+    """
+    modes = np.arange(MODES)
+    places = 2 * (modes % CLASSES) + modes // CLASSES if neighbours else modes
+    angles = 2 * np.pi * places / MODES
     return RADIUS * np.stack([np.cos(angles), np.sin(angles)], axis=-1)
 
 
-def draw_points(key: jax.Array, classes: jax.Array) -> jax.Array:
+def draw_points(key: jax.Array, classes: jax.Array, neighbours: bool = False) -> jax.Array:
     """Points of the classes [n]: [n, 2]."""
     key_mode, key_noise = jax.random.split(key)
     modes = classes + CLASSES * jax.random.bernoulli(key_mode, shape=classes.shape)
     noise = jax.random.normal(key_noise, (*classes.shape, 2))
-    return jnp.asarray(mode_centres(), jnp.float32)[modes] + SPREAD * noise
+    return jnp.asarray(mode_centres(neighbours), jnp.float32)[modes] + SPREAD * noise
 
 
 def token_batch(points: jax.Array, classes: jax.Array) -> TokenBatch:
@@ -54,12 +61,12 @@ def token_batch(points: jax.Array, classes: jax.Array) -> TokenBatch:
     )
 
 
-def real_batch(pool, key: jax.Array, size: int = BATCH) -> TokenBatch:
+def real_batch(pool, key: jax.Array, size: int = BATCH, neighbours: bool = False) -> TokenBatch:
     """Examples drawn from the ring itself."""
     del pool
     key_class, key_point = jax.random.split(key)
     classes = jax.random.randint(key_class, (size,), 0, CLASSES)
-    return token_batch(draw_points(key_point, classes), classes)
+    return token_batch(draw_points(key_point, classes, neighbours), classes)
 
 
 def pooled_batch(pool: tuple[jax.Array, jax.Array], key: jax.Array, size: int = BATCH):
@@ -164,7 +171,7 @@ def train(objective, state, frozen, key, num_steps: int, draw_batch=real_batch, 
     return jax.vmap(train_one)(state, frozen, key, pool)
 
 
-def train_teacher(key: jax.Array, num_steps: int):
+def train_teacher(key: jax.Array, num_steps: int, draw_batch=real_batch):
     """Average of the parameters of flow matching with text dropout, for each seed."""
     objective = make_flow_matching(
         predict,
@@ -175,7 +182,7 @@ def train_teacher(key: jax.Array, num_steps: int):
         ema_decay=0.99,
     )
     state = jax.vmap(objective.init)(key)
-    return train(objective, state, {}, key, num_steps)[0].ema_params
+    return train(objective, state, {}, key, num_steps, draw_batch)[0].ema_params
 
 
 def sample(velocity, key: jax.Array, classes: jax.Array, timesteps, sampler=euler_sample):
@@ -195,9 +202,9 @@ def energy_distance(a: jax.Array, b: jax.Array) -> jax.Array:
     return 2 * mean_distance(a, b) - mean_distance(a, a) - mean_distance(b, b)
 
 
-def min_mode_share(points: jax.Array, classes: jax.Array) -> float:
+def min_mode_share(points: jax.Array, classes: jax.Array, neighbours: bool = False) -> float:
     """Share of the rarer of a class's two modes, in the worst class; ½ is even."""
-    distance = np.linalg.norm(np.asarray(points)[:, None] - mode_centres()[None], axis=-1)
+    distance = np.linalg.norm(np.asarray(points)[:, None] - mode_centres(neighbours)[None], axis=-1)
     modes = distance.argmin(axis=-1)
     shares = []
     for c in range(CLASSES):
