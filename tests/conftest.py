@@ -39,6 +39,32 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+@pytest.fixture
+def quick_programs(tmp_path, monkeypatch):
+    """Commands compile programs that run for milliseconds, and keep them in a folder of the test.
+
+    JAX's settings are afterwards what they were.
+    """
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    from kontext_jax.compiling import CACHE_VARIABLE
+
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+        "jax_disable_most_optimizations",
+    )
+    before = {name: jax.config.values[name] for name in names}
+    jax.config.update("jax_disable_most_optimizations", True)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "compiled"))
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
 @dataclasses.dataclass
 class Comparisons:
     """What the parity tests measured, printed at the end of the run."""

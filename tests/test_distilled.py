@@ -154,9 +154,9 @@ def test_what_cannot_be_compared_is_refused():
 
 
 @pytest.mark.slow
-def test_the_model_that_ships_in_three_rows(tmp_path, capsys):
-    rows = ("CFG, 8=tiny,steps=8", "2 steps=tiny,steps=2,cfg=1")
-    rows += ("2 noised=tiny,steps=2,cfg=1,sampler=renoise",)
+@pytest.mark.usefixtures("quick_programs")
+def test_the_model_that_ships_in_two_rows(tmp_path, capsys):
+    rows = ("CFG, 8=tiny,steps=8", "2 noised=tiny,steps=2,cfg=1,sampler=renoise")
     flags = [word for row in rows for word in ("--row", row)]
     out = tmp_path / "out"
     arguments = ["--num", "20", "--seeds", "2", "--sheet", "4", "--out", str(out)]
@@ -164,10 +164,9 @@ def test_the_model_that_ships_in_three_rows(tmp_path, capsys):
     assert "| 2 noised | 2 |" in capsys.readouterr().out
     found = json.loads((out / "distilled.json").read_text())["report"]
     for split in edits.SPLITS:
-        teacher, euler, noised = (found["splits"][split][row.partition("=")[0]] for row in rows)
+        teacher, noised = (found["splits"][split][row.partition("=")[0]] for row in rows)
         assert teacher["psnr_to_teacher"]["mean"] == edits.MAX_PSNR
         assert teacher["success"]["percent"] > 20
-        assert 10 < euler["psnr_to_teacher"]["mean"] < 40
-        assert noised["psnr_to_teacher"] != euler["psnr_to_teacher"]
+        assert 10 < noised["psnr_to_teacher"]["mean"] < 40
         assert noised["diversity"]["share"] > 0 and noised["ms_per_picture"] > 0
     assert (out / "distilled.png").stat().st_size > 1000

@@ -143,6 +143,7 @@ def test_a_chart_shows_values_where_they_belong():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_programs")
 def test_the_model_that_ships_over_turns(tmp_path, capsys):
     flags = ["--row", "tiny=tiny,steps=4,cfg=1", "--num", "6", "--turns", "3"]
     assert multi_turn.main([*flags, "--out", str(tmp_path / "out")]) == 0
