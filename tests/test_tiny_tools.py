@@ -313,6 +313,8 @@ def test_criteria_are_judged_by_what_was_measured(fast_content, fast_report):
     rate, psnr = edits.rate([0.5] * 20), {"mean": 30.0, "half_width": 1.0}
     turn = {"turn": 1, "identity": rate, "success": rate, "psnr": psnr}
     text = fast_report.results(fast_content, {"report": {"LADD": [turn]}})
+    mark = tool("tiny_report").MARK.format("fast_report.py")
+    assert mark in (ROOT / "docs/distillation.md").read_text("utf-8")
     assert "**CFG 2.5, 20 steps**" in text and "multi_turn.png" in text and "| no |" in text
 
 
