@@ -76,7 +76,7 @@ class LADDConfig:
       negative_weight: of real examples beside the text, or the references, of another example of
         the (micro-)batch: further fakes, which keep results faithful to both; 0: none.
       on_policy: probability that x_t is where the student's own Euler steps from noise get, not a
-        mixture of x0 and noise. In a plane this loses modes (docs/distillation.md); 0: never.
+        mixture of x0 and noise. Untried at size; 0: never.
       discriminator_steps: updates of the heads for each of the student; each draws its own noise.
       guidance: that networks with the input are told: at which the examples were made.
     """
