@@ -314,6 +314,7 @@ def test_negatives_teach_the_heads_alone(fresh, stepped):
         step_of(make_objective(config, accumulate_steps=B))(fresh, FROZEN, BATCH, KEY)
 
 
+@pytest.mark.slow
 def test_the_penalty_is_what_finite_differences_say():
     """Of real heads: by each input, and its own gradient by their parameters."""
     network = FeatureHeads(FeatureHeadsConfig(width=4, num_layers=1))
