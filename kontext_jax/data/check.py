@@ -59,7 +59,7 @@ def _progress(line: str) -> None:
 def _options() -> list[dataclasses.Field]:
     """The options of DataConfig that say something of data before training."""
     elsewhere = {"sources", "on_bad_sample", "verify", "cache", "workers", "prefetch"}
-    elsewhere |= {"random_crop", "flip", "reference_dropout"}
+    elsewhere |= {"random_crop", "flip", "reference_dropout", "synthetic_cache", "synthetic_share"}
     return [field for field in dataclasses.fields(DataConfig) if field.name not in elsewhere]
 
 
