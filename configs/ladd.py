@@ -9,8 +9,8 @@
 The recipe of arXiv:2403.12015, by which FLUX.1 [schnell] was made, on a model that guidance was
 distilled into (configs/guidance_distill.py): student and teacher start as the same weights, and
 every example is the teacher's own result. What FLUX's own was trained with is not published; the
-rates are those of other LADD trainers at this size, single steps get 0.7 of the samples, and eight
-heads look at evenly spaced blocks (docs/distillation.md has what each choice did in small).
+rates are in the range of other LADD trainers at this size, single steps get 0.7 of the samples, and
+eight heads look at evenly spaced blocks (docs/distillation.md). Traced as it stands; not trained.
 
 Hardware: TPU v5p, 64 chips or a multiple, the mesh of configs/kontext_joint.py. Never a batch of
 one: below 32 the discriminator wins early.
