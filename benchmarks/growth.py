@@ -73,12 +73,17 @@ def denoising(label: str, cache: measure.Cache, **request: Any) -> dict[str, Any
 
 
 def training(topology: str, chips: int, cache: measure.Cache) -> dict[str, Any]:
-    """The step with one example on each chip."""
+    """The step with one example on each chip.
+
+    Parameters are split over half of the chips at most: over all of them, the compiler turns
+    gathers into products on parts, which take half as long again (docs/performance.md, "How cost
+    grows").
+    """
     config = train_config.parse(
         load_config(str(ROOT / "configs/kontext_joint.py")),
         [("batch_size", str(chips)), ("accumulate_steps", "1")],
     )
-    mesh = MeshConfig(data=-1, fsdp=min(config.mesh.fsdp, chips))
+    mesh = MeshConfig(data=-1, fsdp=min(config.mesh.fsdp, chips // 2))
     config = dataclasses.replace(config, mesh=mesh)
     size, references = programs.default_inputs(config)
     report = measure_training(config, find_target(topology), size, references, cache)

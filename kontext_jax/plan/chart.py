@@ -87,7 +87,7 @@ def curves(title: str, panels: Sequence[Panel], columns: int = 2) -> Image.Image
 
 def _panel(draw, left: int, top: int, width: int, height: int, panel: Panel) -> None:
     font, small = ImageFont.load_default(14), ImageFont.load_default(12)
-    x0, x1, y0, y1 = left + 62, left + width - 18, top + height - 46, top + 34
+    x0, x1, y0, y1 = left + 62, left + width - 18, top + height - 46, top + 58
     highest = _round_up(max(max(ys) for ys in panel.curves.values()))
     draw.text((x0, top + 8), panel.title.translate(_PLAIN), fill=_INK, font=font)
     for step in range(6):
@@ -98,13 +98,13 @@ def _panel(draw, left: int, top: int, width: int, height: int, panel: Panel) -> 
     for x, tick in zip(places, panel.ticks, strict=True):
         half = draw.textlength(tick, font=small) / 2
         draw.text((x - half, y0 + 6), tick, fill=_INK, font=small)
+    x_name = x0
     for index, (name, ys) in enumerate(panel.curves.items()):
         colour = _colour(name, index)
         points = [(x, y0 - (y0 - y1) * y / highest) for x, y in zip(places, ys, strict=True)]
         draw.line(points, fill=colour, width=3)
         for x, y in points:
             draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colour)
-        draw.line(
-            [x0 + 12, y1 + 12 + 18 * index, x0 + 32, y1 + 12 + 18 * index], fill=colour, width=3
-        )
-        draw.text((x0 + 38, y1 + 4 + 18 * index), name, fill=_INK, font=small)
+        draw.line([x_name, top + 40, x_name + 14, top + 40], fill=colour, width=3)
+        draw.text((x_name + 18, top + 32), name, fill=_INK, font=small)
+        x_name += 30 + draw.textlength(name, font=small)
