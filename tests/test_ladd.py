@@ -263,13 +263,14 @@ def test_heads_may_be_updated_several_times_for_each_update_of_the_student(fresh
         return jax.grad(g)(theta, seen), phi
 
     by_theta, phi = by_hand(fresh.params, fresh.extra.params)
-    assert_trees_close(change(fresh.params, after.params), by_theta)
-    assert_trees_close(after.extra.params, phi)
+    # Updates at rate 1, one upon the other, enlarge what rounding leaves.
+    assert_trees_close(change(fresh.params, after.params), by_theta, 1e-3)
+    assert_trees_close(after.extra.params, phi, 1e-3)
 
 
 @pytest.mark.slow
 def test_on_policy_inputs_are_the_students_own_euler_states(fresh):
-    config = dataclasses.replace(LOSS, on_policy=1.0)
+    config = dataclasses.replace(LOSS, on_policy=1.0, probabilities=(0.25,) * 4)
     state = fresh.replace(step=jnp.int32(3))
     after, _ = step_of(make_objective(config))(state, FROZEN, BATCH, KEY)
     drawn = draws(jax.random.fold_in(KEY, 3), config.probabilities)
