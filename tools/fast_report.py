@@ -132,14 +132,13 @@ def demo(rows: Sequence[OpenRow], side: int) -> np.ndarray:
 
 def results(content: Mapping, turns: Mapping) -> str:
     """The part of docs/distillation.md after the mark."""
-    settings = content["settings"]
+    settings, head = content["settings"], ["", "found", "at least", "met"]
     parts = [
         f"{settings['num']} edits of scenes of each split, half as many captions, "
         f"{settings['seeds']} seeds of noise each. Bold is the teacher. Columns as in "
         "`kontext_jax/evaluation/distilled.py`; brackets are 95 % intervals.",
         distilled.tables(content["report"]).strip(),
-        "What was asked for:",
-        markdown(["", "found", "at least", "met"], content["criteria"]),
+        *(["What was asked for:", markdown(head, content["criteria"])] * bool(content["criteria"])),
         "The first held-out edits, not chosen:",
         "![edits by all rows](distilled.png)",
         "Pictures of the package, and the time of one picture alone on this CPU:",
