@@ -88,6 +88,15 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def check_share(process_index: int, process_count: int) -> None:
+    """Raises ValueError if that is no process of so many."""
+    if not 0 <= process_index < process_count:
+        raise ValueError(
+            f"process_index {process_index} is none of {process_count} processes, which "
+            "count from 0"
+        )
+
+
 def encode(args: argparse.Namespace) -> None:
     """Does what the options say.
 
@@ -100,11 +109,7 @@ def encode(args: argparse.Namespace) -> None:
         if not args.quiet:
             print(line, flush=True)
 
-    if not 0 <= args.process_index < args.process_count:
-        raise ValueError(
-            f"process_index {args.process_index} is none of {args.process_count} processes, which "
-            "count from 0"
-        )
+    check_share(args.process_index, args.process_count)
     out, dtype = encoded_folder.local_folder(args.out), DTYPES[args.dtype]
     bundle = open_encoders(args.weights, args.autoencoder_weights, args.model)
     tell(f"encoders: {bundle.source}")

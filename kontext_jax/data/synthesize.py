@@ -27,7 +27,7 @@ from kontext_jax.conditioning import ENCODER_KINDS, encoder_facts
 from kontext_jax.data import encoded_folder
 from kontext_jax.data.cache import EncodedCache
 from kontext_jax.data.check import parse_arguments
-from kontext_jax.data.encode import LINES_EVERY_S, TERMINAL_EVERY_S
+from kontext_jax.data.encode import LINES_EVERY_S, TERMINAL_EVERY_S, check_share
 from kontext_jax.data.encoded_records import ShardWriter, facts_hash, lock_part
 from kontext_jax.data.encoding_jobs import read_stored
 from kontext_jax.data.index import hash_id
@@ -89,11 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if not 0 <= args.process_index < args.process_count:
-        raise ValueError(
-            f"process_index {args.process_index} is none of {args.process_count} processes, which "
-            "count from 0"
-        )
+    check_share(args.process_index, args.process_count)
     for name in ("steps", "variants", "limit", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; expected at least 1")
