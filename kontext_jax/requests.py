@@ -209,9 +209,8 @@ def complete(request: SampleRequest, preset: Preset) -> SampleRequest:
         num_steps = len(timesteps)
     elif num_steps is None:
         num_steps = preset.default_num_steps or numerics.default_num_steps
-    own = preset.default_timesteps
-    if timesteps is None and own is not None and len(own) == num_steps:
-        timesteps = own
+    if timesteps is None:
+        timesteps = preset.timesteps_of(num_steps)
     scale, negative_prompt = _complete_cfg(request, preset)
     return dataclasses.replace(
         request,

@@ -215,8 +215,7 @@ class TokenFeed:
         seeds = [self._seed + i for i in range(count)]
         noise = latents.pack(initial_noise(seeds, *size, encoded.x0.shape[3]))
         preset, num_steps = self._task._preset, self._num_steps
-        own = preset.default_timesteps
-        own = own if own and len(own) == num_steps else None
+        own = preset.timesteps_of(num_steps)
         timesteps = sampling_schedule(num_steps, noise.shape[1], preset.shift_timesteps, own)
         sampler = euler_sample
         if preset.default_sampler == "renoise":

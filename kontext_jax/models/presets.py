@@ -136,6 +136,11 @@ class Preset:
     takes_references: bool = True
     non_commercial: bool = False  # published under the FLUX.1 [dev] Non-Commercial License
 
+    def timesteps_of(self, num_steps: int) -> tuple[float, ...] | None:
+        """The model's own times for so many steps; None where it has none."""
+        own = self.default_timesteps
+        return own if own is not None and len(own) == num_steps else None
+
 
 _TINY_MMDIT = MMDiTConfig(
     vec_in_dim=64,
