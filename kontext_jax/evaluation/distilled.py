@@ -50,8 +50,7 @@ class Drawn:
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
     """Of two pictures uint8, in dB, at most 60."""
-    mse = np.square(a.astype(np.float64) - b).mean()
-    return float(min(edits.MAX_PSNR, 10 * np.log10(255**2 / max(mse, 1e-12))))
+    return edits.psnr_of(np.square(a.astype(np.float64) - b).mean())
 
 
 def psnr_to(tries: Tries, others: Tries) -> list[float]:

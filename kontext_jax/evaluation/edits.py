@@ -46,6 +46,11 @@ SPLITS = ("seen", "held_out")
 SEED_STRIDE = 100_000  # between seeds of noise, each of which counts up from picture to picture
 
 
+def psnr_of(mean_square: float) -> float:
+    """In dB, at most MAX_PSNR, from the mean squared difference of values to 255."""
+    return float(min(MAX_PSNR, 10 * np.log10(255**2 / max(mean_square, 1e-12))))
+
+
 @dataclasses.dataclass(frozen=True)
 class Grade:
     """What became of one edit, or the mean of several tries; None where nothing can be said.
@@ -101,8 +106,7 @@ def grade(source: Scene, target: Scene, result: np.ndarray, world: World) -> Gra
     if not changed.all():
         preserved = float((from_before[~changed] <= PRESERVED_DELTA_E).mean())
         error = result[~changed].astype(np.float64) - before[~changed]
-        mse = max(np.square(error).mean(), 1e-12)
-        psnr = float(min(MAX_PSNR, 10 * np.log10(255**2 / mse)))
+        psnr = psnr_of(np.square(error).mean())
     return Grade(
         success=float(found == target),
         copied=float(found == source and source != target),

@@ -149,8 +149,7 @@ def grade_turns(
             successes.append(float(found == chain.scenes[number]))
             same = ~chain.changed(number, world.size_px)
             error = picture[same].astype(np.float64) - render(chain.scenes[0], world.size_px)[same]
-            mse = max(np.square(error).mean(), 1e-12)
-            psnrs.append(float(min(edits.MAX_PSNR, 10 * np.log10(255**2 / mse))))
+            psnrs.append(edits.psnr_of(np.square(error).mean()))
         figures.append(
             {
                 "turn": number,

@@ -21,7 +21,7 @@ from kontext_jax.evaluation.edit_report import (
     mean_text,
     rate_text,
 )
-from kontext_jax.evaluation.edits import MAX_PSNR, SEED_STRIDE, mean, rate
+from kontext_jax.evaluation.edits import SEED_STRIDE, mean, psnr_of, rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +40,7 @@ def grade(example: PhotoExample, result: np.ndarray) -> PhotoGrade:
 
     own = error(example.target)
     nearest = min((error(other) for other in alternatives(example)), default=np.inf)
-    psnr = 10 * np.log10(255**2 / max(own, 1e-12))
-    return PhotoGrade(float(own < nearest), float(min(MAX_PSNR, psnr)))
+    return PhotoGrade(float(own < nearest), psnr_of(own))
 
 
 def summarise(examples: Sequence[PhotoExample], grades: Sequence[PhotoGrade]) -> dict:
