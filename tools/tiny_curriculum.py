@@ -2,10 +2,11 @@
 
 Runs the commands of `--list` one after another: the autoencoder, its polish (for which
 `python -m kontext_jax.evaluation.fetch_perceptual` must have run once), the frozen networks, the
-encoded data, text to image, editing and text to image together, and the last steps at a falling
-rate. Each goes on where it was interrupted, and a stage that is done is not run again, so the same
-command is given until it says that all is done. Ctrl-C and SIGTERM end it as they end the command
-that is running, which first saves what it has.
+encoded data, text to image, editing and text to image together, the last steps at a falling rate;
+then guidance distilled into the network, and few steps, each after the teacher's own results were
+made (`--until final` leaves these out). Each goes on where it was interrupted, and a stage that is
+done is not run again, so the same command is given until it says that all is done. Ctrl-C and
+SIGTERM end it as they end the command that is running, which first saves what it has.
 
 A stage whose command or whose inputs have changed since it was done is run again where that makes
 it go on (a training run with more steps); where it would mix old and new, it is named and has to be
@@ -57,7 +58,8 @@ def list_stages(runs: Path, part: float = 1.0, joint_steps: int = 7000) -> tuple
         words = [TRAIN.format(config, runs / makes), f"--config.num_steps={count(steps)}"]
         if part < 1:
             settings = (*settings, "optimizer.warmup_steps=2", "batch_size=8")
-            settings += ("autoencoder.adversarial_start_step=4",) * ("vae_tiny" in config)
+            settings += ("autoencoder.adversarial_start_step=4",) * (config == "vae_tiny")
+            settings += ("ladd.warmup_steps=2",) * (config == "tiny_ladd")
         return " ".join([*words, *(f"--config.{setting}" for setting in settings)])
 
     def encode(out: str, *sources: str) -> str:
@@ -65,6 +67,13 @@ def list_stages(runs: Path, part: float = 1.0, joint_steps: int = 7000) -> tuple
         return (
             f"-m kontext_jax.data.encode {' '.join(sources)} {options} --dtype float32 "
             "--batch_size 50 -q"
+        )
+
+    def synthesize(model: str, out: str) -> str:
+        return (
+            f"-m kontext_jax.data.synthesize --model {runs / model} --cache {runs / 'encoded'} "
+            f"--out {runs / out} --guidance 2.5 --limit {count(6000, 64)} --dtype float32 "
+            "--batch_size 48 -q"
         )
 
     pictures = (
@@ -116,7 +125,7 @@ def list_stages(runs: Path, part: float = 1.0, joint_steps: int = 7000) -> tuple
         ),
         Stage(
             "t2i",
-            train("tiny_t2i", "t2i", 2000, frozen, *cached),
+            train("tiny_t2i", "t2i", 1200, frozen, *cached),
             ("encoded", "encoded_eval"),
         ),
         Stage(
@@ -137,6 +146,34 @@ def list_stages(runs: Path, part: float = 1.0, joint_steps: int = 7000) -> tuple
                 "ema_decay=0.995",
             ),
             ("encoded", "encoded_eval", "joint"),
+        ),
+        Stage("guided", synthesize("final", "guided"), ("encoded", "final")),
+        Stage(
+            "guidance",
+            train(
+                "tiny_guidance_distill",
+                "guidance",
+                2000,
+                frozen,
+                *cached,
+                f"weights={runs / 'final'}",
+                f"data.synthetic_cache={runs / 'guided'}",
+            ),
+            ("encoded", "encoded_eval", "final", "guided"),
+        ),
+        Stage("made", synthesize("guidance", "made"), ("encoded", "guidance")),
+        Stage(
+            "ladd",
+            train(
+                "tiny_ladd",
+                "ladd",
+                3000,
+                frozen,
+                f"data.cache={runs / 'made'}",
+                f"eval.cache={runs / 'encoded_eval'}",
+                f"weights={runs / 'guidance'}",
+            ),
+            ("encoded_eval", "guidance", "made"),
         ),
     )
 
