@@ -72,8 +72,9 @@ def make_parser() -> argparse.ArgumentParser:
     how.add_argument("--steps", type=int, metavar="N")
     how.add_argument(
         "--sampler",
-        metavar="euler|renoise",
-        help="renoise: for models distilled to few steps; each step ends in new noise",
+        metavar="euler|renoise|policy",
+        help="renoise: for models distilled to few steps, each step ends in new noise; policy: for "
+        "those that give several velocities a step",
     )
     how.add_argument(
         "--timesteps",

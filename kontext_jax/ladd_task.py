@@ -1,13 +1,9 @@
 """Few-step students by adversarial distillation: the task of `objectives.ladd`."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
-from kontext_jax import config_tree
 from kontext_jax.distillation_task import DistillationTask
-from kontext_jax.model_card import defaults_of_run
 from kontext_jax.models.feature_heads import FeatureHeads
 from kontext_jax.models.features import evenly_spaced, make_feature_fn
 from kontext_jax.objectives.adversarial import Adversary
@@ -27,9 +23,6 @@ class LADDTask(DistillationTask):
 
     def __init__(self, config: TrainConfig, open_weights: OpenWeights):
         super().__init__(config, open_weights)
-        # Samples are drawn as the student's own defaults will say.
-        own = defaults_of_run(config_tree.to_dict(config), {})
-        self._preset = dataclasses.replace(self._preset, **own)
         theirs = self._teacher.config
         num_blocks = theirs.depth + theirs.depth_single_blocks
         self._blocks = config.heads.blocks or evenly_spaced(num_blocks, NUM_HEADS)

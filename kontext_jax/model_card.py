@@ -15,8 +15,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-Sampler = Literal["euler", "renoise"]
+Sampler = Literal["euler", "renoise", "policy"]
 SAMPLERS = get_args(Sampler)
+FEW_STEPS: dict[str, Sampler] = {"ladd": "renoise", "policy_distillation": "policy"}  # objectives
 FILE = "sampling_defaults.json"  # beside published layouts
 
 
@@ -104,18 +105,20 @@ def defaults_of_run(settings: Mapping[str, Any], base: Mapping[str, Any]) -> dic
       base: likewise of the weights it began from.
     """
     found = dict(base)
-    if settings["objective"] in ("guidance_distillation", "ladd"):
+    objective = settings["objective"]
+    if objective in ("guidance_distillation", *FEW_STEPS):
         if scale := found.pop("default_true_cfg_scale", None):
             found.setdefault("default_guidance", scale)
         found["default_true_cfg_scale"] = 1.0
-    if settings["objective"] == "ladd":
-        times = check_timesteps(settings["ladd"]["timesteps"])
+    if objective in FEW_STEPS:
+        own = settings[objective]
+        times = check_timesteps(own["timesteps"])
         found |= {
             "shift_timesteps": False,
             "default_num_steps": len(times),
-            "default_sampler": "renoise",
+            "default_sampler": FEW_STEPS[objective],
             "default_timesteps": times,
-            "default_guidance": settings["ladd"]["guidance"],
+            "default_guidance": own["guidance"],
         }
     return found
 

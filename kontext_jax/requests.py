@@ -212,10 +212,12 @@ def complete(request: SampleRequest, preset: Preset) -> SampleRequest:
     if timesteps is None:
         timesteps = preset.timesteps_of(num_steps)
     scale, negative_prompt = _complete_cfg(request, preset)
+    sampler = request.sampler or preset.default_sampler
+    preset.check_sampler(sampler)
     return dataclasses.replace(
         request,
         num_steps=num_steps,
-        sampler=request.sampler or preset.default_sampler,
+        sampler=sampler,
         timesteps=timesteps,
         guidance=guidance,
         true_cfg_scale=scale,

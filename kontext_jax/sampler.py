@@ -1,16 +1,19 @@
-"""Noise, and two samplers that follow velocity(x, t) from t = 1 (noise) to t = 0 (data).
+"""Noise, and samplers that follow velocity(x, t) from t = 1 (noise) to t = 0 (data).
 
     euler      x_{i+1} = x_i + (t_{i+1} − t_i) · velocity(x_i, t_i)         solves dx/dt = velocity
     renoise    x̂0 = x_i − t_i · velocity(x_i, t_i)
                x_{i+1} = (1 − t_{i+1}) · x̂0 + t_{i+1} · noise_i             noise_i new in each step
+    policy     x_{i+1} where `kontext_jax.policy` leads from x_i by time t_{i+1}
 
 Re-noising is multistep sampling of consistency models (arXiv:2303.01469, algorithm 1): networks
 distilled to few steps are trained on noised clean pictures, and these are what it shows them. With
-one step, the two are the same.
+one step, the two are the same. A policy is what networks give that were distilled to several
+velocities at once.
 
 Works on any `velocity_fn` (see `kontext_jax.types.VelocityFn`) and knows no network.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -19,7 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from kontext_jax import policy
 from kontext_jax.guidance import cfg
+from kontext_jax.model_card import SAMPLERS, Sampler
 from kontext_jax.types import VelocityFn
 
 EulerDtype = Literal["float32", "compute", "float32_then_compute"]
@@ -144,6 +149,55 @@ def renoise_sample(
         return (1 - t_next) * clean + t_next * noise
 
     return _follow(velocity_fn, step, x, timesteps, step_inputs, start, stop, euler_dtype)
+
+
+def policy_sample(
+    velocity_fn: VelocityFn,
+    x: jax.Array,
+    timesteps: jax.Array,
+    step_inputs: Any = None,
+    *,
+    start: int | jax.Array = 0,
+    stop: int | jax.Array | None = None,
+    euler_dtype: EulerDtype = "float32",
+) -> jax.Array:
+    """As `euler_sample`, for a network that gives N velocities a token, a policy for each step.
+
+    A step is computed in float32 whatever `euler_dtype` is, which says what the state between steps
+    is rounded to.
+
+    Args:
+      velocity_fn: gives [B, L, N·C] for x [B, L, C].
+      x, timesteps, step_inputs, start, stop, euler_dtype: as in `euler_sample`.
+
+    Raises:
+      ValueError: as `euler_sample`, or the network's channels are no multiple of C.
+    """
+
+    def step(x, output, t, t_next, i, moved):
+        now, then = (jnp.full(x.shape[:1], time) for time in (t, t_next))
+        estimates = policy.clean_estimates(output, x, now)
+        return policy.position_at(estimates, x, now, then, then)
+
+    return _follow(velocity_fn, step, x, timesteps, step_inputs, start, stop, euler_dtype)
+
+
+def make_sampler(name: Sampler, words: np.ndarray | jax.Array | None = None):
+    """The function of a sampler's name, called as `euler_sample`.
+
+    Args:
+      words: `seed_words` of the seeds that drew the noise, for "renoise".
+
+    Raises:
+      ValueError: there is no such sampler, or it lacks words.
+    """
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler is {name!r}; expected one of {', '.join(SAMPLERS)}")
+    if name == "renoise":
+        if words is None:
+            raise ValueError("the renoise sampler draws noise in each step; give it the seeds")
+        return functools.partial(renoise_sample, words=words)
+    return policy_sample if name == "policy" else euler_sample
 
 
 def _follow(

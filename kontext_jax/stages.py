@@ -4,7 +4,6 @@ Each network is read when it is first needed and each program compiled for its s
 loading, compiling and computing are timed apart.
 """
 
-import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from kontext_jax.checkpoint import Listed, ModelBundle
 from kontext_jax.chips import chip_of
 from kontext_jax.compiling import Executables, Timings
 from kontext_jax.executable_files import ExecutableFiles
-from kontext_jax.model_card import SAMPLERS, Sampler
+from kontext_jax.model_card import Sampler
 from kontext_jax.models.clip import CLIPText
 from kontext_jax.models.mmdit import (
     BLOCK_STACKS,
@@ -35,7 +34,7 @@ from kontext_jax.models.vae import VAE
 from kontext_jax.models.vae_tiling import decode_tiled, encode_tiled, vae_peak_bytes
 from kontext_jax.numerics import EXACT, Numerics
 from kontext_jax.placement import Placement, format_mesh
-from kontext_jax.sampler import euler_sample, guided_velocity_fn, renoise_sample, seed_words
+from kontext_jax.sampler import guided_velocity_fn, make_sampler, seed_words
 from kontext_jax.tokenizing import Tokenizers
 from kontext_jax.types import Params
 
@@ -177,16 +176,12 @@ class Stages:
         Raises:
           FloatingPointError: the result is not finite.
           ValueError: B is not divisible by the parts into which the mesh splits a batch; or there
-            is no such sampler, or it lacks seeds.
+            is no such sampler, it lacks seeds, or the network is not made for it.
         """
         self._check_batch(noise.shape[0])
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler is {sampler!r}; expected one of {', '.join(SAMPLERS)}")
-        words = None
-        if sampler == "renoise":
-            if seeds is None:
-                raise ValueError("the renoise sampler draws noise in each step; give it the seeds")
-            words = seed_words(seeds)
+        words = seed_words(seeds) if sampler == "renoise" and seeds is not None else None
+        make_sampler(sampler, words)  # refuses what cannot be
+        self.preset.check_sampler(sampler)
         params = self._load("mmdit")
         config = self.bundle.components["mmdit"].config
         model = MMDiT(config, dtype=self._compute_dtype, block_form=self._block_form)
@@ -227,10 +222,7 @@ class Stages:
                 if negative is not None:
                     other = make_velocity_fn(model, params, _with_text(cond, negative))
                     velocity_fn = guided_velocity_fn(velocity_fn, other, scale)
-                solve = euler_sample
-                if words is not None:
-                    solve = functools.partial(renoise_sample, words=words)
-                return solve(
+                return make_sampler(sampler, words)(
                     velocity_fn,
                     x,
                     timesteps,
@@ -251,7 +243,7 @@ class Stages:
         given = (params, cond, negative, true_cfg_scale, words)
         bounds = np.int32(0), np.int32(num_steps)
         run = self._compile(
-            *(("run", key), make_run, *given, x, times, steps, *bounds), batch_axis=0
+            *(("run", (*key, sampler)), make_run, *given, x, times, steps, *bounds), batch_axis=0
         )
         with self.timings.measure("denoise"):
             if on_step is None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from kontext_jax.autoencoder_task import AutoencoderTask
-from kontext_jax.distillation_task import GuidanceDistillationTask
+from kontext_jax.distillation_task import GuidanceDistillationTask, PolicyDistillationTask
 from kontext_jax.flow_matching_task import FlowMatchingTask
 from kontext_jax.ladd_task import LADDTask
 from kontext_jax.train_config import TrainConfig
@@ -13,6 +13,7 @@ TASKS: dict[str, Callable[[TrainConfig, OpenWeights], Task]] = {
     "flow_matching": FlowMatchingTask,
     "guidance_distillation": GuidanceDistillationTask,
     "ladd": LADDTask,
+    "policy_distillation": PolicyDistillationTask,
     "autoencoder": AutoencoderTask,
 }
 

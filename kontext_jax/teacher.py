@@ -1,4 +1,4 @@
-"""A frozen transformer that another one learns from, and the input for guidance that it may lack.
+"""A frozen transformer that another one learns from, and what it may lack to become that one.
 
     teacher = Teacher(open_weights(path), jnp.bfloat16, backend)      # headers alone are read
     frozen = {"teacher": teacher.load(place)}                         # shapes(): what that gives
@@ -11,6 +11,7 @@ uses `lax.stop_gradient`.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -136,5 +137,22 @@ def with_guidance_input(component: Component) -> Component:
             return read_edited(path, draw, as_dtype(dtype) or stored, stored, edits)
 
         return params | place_leaves(own, read, device)
+
+    return Component(config, load)
+
+
+def with_velocities(component: Component, count: int) -> Component:
+    """A transformer that gives `count` velocities a token, all of them what it gave before."""
+    config = component.config
+    config = dataclasses.replace(config, out_channels=count * config.out_channels)
+
+    def load(dtype=None, device=None, edits: Edits = NO_EDITS) -> Params:
+        def repeated(edit, leaf: np.ndarray) -> np.ndarray:
+            leaf = leaf if edit is None else edit(leaf)
+            return np.tile(leaf, (1,) * (leaf.ndim - 1) + (count,))
+
+        paths = ("final_layer/kernel", "final_layer/bias")
+        further = {path: functools.partial(repeated, edits.get(path)) for path in paths}
+        return component.load(dtype=dtype, device=device, edits={**edits, **further})
 
     return Component(config, load)

@@ -23,6 +23,7 @@ from kontext_jax.objectives.autoencoder import AutoencoderConfig
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig
 from kontext_jax.objectives.guidance_distillation import GuidanceDistillationConfig
 from kontext_jax.objectives.ladd import LADDConfig
+from kontext_jax.objectives.policy_distillation import PolicyDistillationConfig
 from kontext_jax.ops.attention import Backend
 from kontext_jax.optimizer import OptimizerConfig
 from kontext_jax.requests import did_you_mean
@@ -31,8 +32,11 @@ from kontext_jax.training_checkpoints import CheckpointConfig
 
 REQUIRED = "REQUIRED"  # stands in a config file where only the user can know the value
 
-ObjectiveName = Literal["flow_matching", "guidance_distillation", "ladd", "autoencoder"]
-DISTILLATIONS = ("guidance_distillation", "ladd")  # objectives with a teacher
+ObjectiveName = Literal[
+    "flow_matching", "guidance_distillation", "ladd", "policy_distillation", "autoencoder"
+]
+# Objectives with a teacher.
+DISTILLATIONS = ("guidance_distillation", "ladd", "policy_distillation")
 
 DISCRIMINATOR_DEFAULTS = {
     "discriminator": DiscriminatorConfig(),
@@ -129,7 +133,8 @@ class TrainConfig:
     Attributes:
       objective: "flow_matching" trains the transformer, "autoencoder" the autoencoder;
         "guidance_distillation" trains a transformer to do in one pass what its teacher does in two,
-        "ladd" one to do in few steps what its teacher does in many.
+        "ladd" one to do in few steps what its teacher does in many, and "policy_distillation" one
+        whose steps are paths.
       preset: which model, of `kontext_jax.models.presets`.
       weights: what the trained network starts from: a weight directory, a run's folder, or
         published weights; "" draws it afresh.
@@ -172,6 +177,9 @@ class TrainConfig:
         default_factory=GuidanceDistillationConfig
     )
     ladd: LADDConfig = dataclasses.field(default_factory=LADDConfig)
+    policy_distillation: PolicyDistillationConfig = dataclasses.field(
+        default_factory=PolicyDistillationConfig
+    )
     autoencoder: AutoencoderConfig = dataclasses.field(default_factory=AutoencoderConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -245,6 +253,14 @@ class TrainConfig:
             )
 
     def _check_distillation(self) -> None:
+        gives_policy = self.model.num_velocities > 1
+        if gives_policy != (self.objective == "policy_distillation"):
+            given = "several velocities" if gives_policy else "one velocity"
+            wanted = "one" if gives_policy else "several (kontext-dev-policy)"
+            raise ValueError(
+                f"{self.preset} gives {given} a step, and the objective {self.objective} trains "
+                f"{wanted}; set preset to another, or objective"
+            )
         if self.objective not in DISTILLATIONS:
             if self.teacher:
                 raise ValueError(
@@ -318,6 +334,7 @@ SECTIONS = {
     "flow": ("objective", "flow_matching"),
     "guidance_distillation": ("objective", "guidance_distillation"),
     "ladd": ("objective", "ladd"),
+    "policy_distillation": ("objective", "policy_distillation"),
     "heads": ("objective", "ladd"),
     "autoencoder": ("objective", "autoencoder"),
 }

@@ -1,7 +1,6 @@
 """What tasks that train the transformer share: its weights, the frozen encoders, what feeds it."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -21,9 +20,9 @@ from kontext_jax.models.presets import PRESETS, Preset
 from kontext_jax.objectives.base import Objective, TokenBatch, num_samples
 from kontext_jax.ops.attention import Backend, backend_for
 from kontext_jax.optimizer import make_optimizer, make_schedule
-from kontext_jax.sampler import euler_sample, initial_noise, renoise_sample, seed_words
+from kontext_jax.sampler import initial_noise, make_sampler, seed_words
 from kontext_jax.sharding import batch_shardings, shard_batch
-from kontext_jax.teacher import with_guidance_input
+from kontext_jax.teacher import with_guidance_input, with_velocities
 from kontext_jax.tokenizing import Tokenizers
 from kontext_jax.train_config import TrainConfig
 from kontext_jax.train_state import TrainState, make_train_state
@@ -37,21 +36,19 @@ class TransformerTask:
     """Trains the transformer on tokens from frozen encoders; a subclass sets `objective`.
 
     Args:
-      adds_guidance: whether a network that takes guidance may start from one that does not: its
-        input is added, so that at first it changes nothing.
+      grows: whether the network may start from one that it is more than: that takes no guidance,
+        or gives one velocity a token and not several. What is added at first changes nothing.
     """
 
     objective: Objective
     sources: list[str]
 
-    def __init__(
-        self, config: TrainConfig, open_weights: OpenWeights, *, adds_guidance: bool = False
-    ):
+    def __init__(self, config: TrainConfig, open_weights: OpenWeights, *, grows: bool = False):
         self._config = config
         start = open_weights(config.weights) if config.weights else None
         self._start = start
         self._encoders = _open_encoders(config, start, open_weights)
-        self._preset = _fitting_preset(config, start, self._encoders, adds_guidance)
+        self._preset = _fitting_preset(config, start, self._encoders, grows)
         self._dtype = DTYPES[config.dtype]
         self._backend = _named_backend(config)
         self._model = MMDiT(
@@ -61,9 +58,15 @@ class TransformerTask:
             remat=config.remat,
         )
         origin = start.source if start else "drawn afresh"
-        self._adds_guidance = start is not None and self._preset.mmdit != _transformer(start).config
+        self._adds_guidance, self._times_velocities = False, 1
+        if start is not None:
+            ours, theirs = self._preset.mmdit, _transformer(start).config
+            self._adds_guidance = ours.guidance_embed and not theirs.guidance_embed
+            self._times_velocities = ours.out_channels // theirs.out_channels
         if self._adds_guidance:
             origin += "; an input for guidance added, its output zero"
+        if self._times_velocities > 1:
+            origin += f"; its last layer repeated for {self._times_velocities} velocities"
         self.sources = [f"transformer: {origin}"]
         if not config.data.cache:
             self.sources.append(f"encoders: {self._encoders.source}")
@@ -94,6 +97,8 @@ class TransformerTask:
         mmdit = _transformer(self._start)
         if self._adds_guidance:
             mmdit = with_guidance_input(mmdit)
+        if self._times_velocities > 1:
+            mmdit = with_velocities(mmdit, self._times_velocities)
         return mmdit.load(dtype=jnp.float32, device=place)
 
     def start(self, params: Params) -> TrainState:
@@ -217,9 +222,7 @@ class TokenFeed:
         preset, num_steps = self._task._preset, self._num_steps
         own = preset.timesteps_of(num_steps)
         timesteps = sampling_schedule(num_steps, noise.shape[1], preset.shift_timesteps, own)
-        sampler = euler_sample
-        if preset.default_sampler == "renoise":
-            sampler = functools.partial(renoise_sample, words=seed_words(seeds))
+        sampler = make_sampler(preset.default_sampler, seed_words(seeds))
 
         def make():
             def run(params, frozen, tokens, noise, timesteps):
@@ -297,7 +300,7 @@ def _transformer(bundle: ModelBundle) -> Component:
 
 
 def _fitting_preset(
-    config: TrainConfig, start: ModelBundle | None, encoders: ModelBundle, adds_guidance: bool
+    config: TrainConfig, start: ModelBundle | None, encoders: ModelBundle, grows: bool
 ) -> Preset:
     """The preset with the configs of the weights at hand.
 
@@ -307,7 +310,11 @@ def _fitting_preset(
     preset = PRESETS[config.preset]
     if start is not None:
         found = _transformer(start).config
-        may_differ = {"guidance_embed"} if adds_guidance and not found.guidance_embed else set()
+        may_differ = set()
+        if grows and not found.guidance_embed:
+            may_differ.add("guidance_embed")
+        if grows and preset.mmdit.out_channels % found.out_channels == 0:
+            may_differ.add("out_channels")
         differing = [
             f"{f.name} {getattr(found, f.name)}, expected {getattr(preset.mmdit, f.name)}"
             for f in dataclasses.fields(found)

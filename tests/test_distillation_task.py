@@ -1,4 +1,4 @@
-"""The task of guidance distillation: where teacher and student come from, and what does not fit."""
+"""Tasks of distillation: where teacher and student come from, what does not fit, how runs go on."""
 
 import dataclasses
 import re
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from encode_helpers import run, write_pairs
 
-from kontext_jax import conditioning, train_config
+from kontext_jax import conditioning, metrics, train_config, train_loop
 from kontext_jax.checkpoint import untrained_bundle
 from kontext_jax.command_line import load_config
 from kontext_jax.data.config import DataConfig
@@ -20,13 +20,22 @@ from kontext_jax.flops import mmdit_flops
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.objectives.guidance_distillation import GuidanceDistillationConfig
 from kontext_jax.plan import programs
+from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.task_table import make_task
 from kontext_jax.tensor_files import flatten
-from kontext_jax.train_config import TrainConfig
+from kontext_jax.train_config import EvalConfig, TrainConfig
 from kontext_jax.train_loop import dry_run
+from kontext_jax.training_bundle import training_bundle
+from kontext_jax.training_checkpoints import CheckpointConfig, Checkpoints
 
 ROOT = Path(__file__).parents[1]
-TINY = train_config.parse(load_config(str(ROOT / "configs" / "tiny_guidance_distill.py")))
+
+
+def read_config(name: str) -> TrainConfig:
+    return train_config.parse(load_config(str(ROOT / "configs" / f"{name}.py")))
+
+
+TINY = read_config("tiny_guidance_distill")
 
 
 def open_untrained(path):
@@ -212,3 +221,84 @@ def test_a_mixed_stream_goes_on_where_it_stopped():
 def test_a_mixture_of_nothing_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(**fields).check()
+
+
+# Policies
+
+
+def policy_task(weights="tiny-kontext-guided", **changes):
+    config = dataclasses.replace(
+        read_config("tiny_policy"), weights=weights, encoders="untrained", **changes
+    )
+    return make_task(config, open_untrained)
+
+
+@pytest.mark.parametrize(("weights", "passes"), [("tiny-kontext-guided", 1), ("tiny-kontext", 2)])
+def test_a_policy_starts_as_its_teachers_velocity(weights, passes):
+    """Ten times; and a teacher that takes no guidance is asked twice."""
+    task = policy_task(weights)
+    assert "its last layer repeated for 10 velocities" in task.sources[0]
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = lambda path, shape: here  # noqa: E731
+    teacher = dict(flatten(task.load_frozen(place)["teacher"]))
+    student = dict(flatten(task.load_params(place)))
+    wanted = np.tile(teacher["final_layer/kernel"], (1, 10))
+    np.testing.assert_array_equal(student["final_layer/kernel"], wanted)
+    assert ("guidance_in/in_layer/kernel" in teacher) == (passes == 1)
+    work = task.work(task.abstract_batch(4, (64, 64), 1))
+    student, teacher = (
+        mmdit_flops(PRESETS[name].mmdit, 16, 32) for name in ("tiny-kontext-policy", weights)
+    )
+    assert work.flops == pytest.approx(4 * (student.training() + 2 * passes * teacher.forward))
+
+
+def test_a_policy_teaches_no_other():
+    with pytest.raises(ValueError, match=r"takes other tokens .*out_channels 640, the student 64"):
+        policy_task(teacher="tiny-kontext-policy")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny_guidance_distill", "tiny_policy"])
+def test_an_interrupted_run_is_the_unbroken_one(tmp_path, name):
+    """To the last bit; and it samples as its card says."""
+    tiny = read_config(name)
+    config = dataclasses.replace(
+        tiny,
+        weights="tiny-kontext",
+        encoders="tiny-kontext",
+        num_steps=4,
+        batch_size=2,
+        optimizer=dataclasses.replace(tiny.optimizer, warmup_steps=2),
+        data=DataConfig(sources=("scenes:easy:train:30",), buckets=("64x64",)),
+        eval=EvalConfig(),
+        checkpoint=CheckpointConfig(every_steps=3),
+        log=dataclasses.replace(tiny.log, every_steps=1),
+    )
+    samples = EvalConfig(
+        sources=("scenes:easy:seen:12",), num_batches=1, sample_every_steps=4, sample_rows=2
+    )
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    lines = []
+    for workdir, num_steps, held_out in ((whole, 4, samples), (broken, 3, EvalConfig()),
+                                         (broken, 4, EvalConfig())):  # fmt: skip
+        changed = dataclasses.replace(config, num_steps=num_steps, eval=held_out)
+        train_loop.train(changed, str(workdir), open_weights=open_untrained, tell=lines.append)
+    assert any(line.startswith("going on from step 3") for line in lines)
+    assert (whole / "samples" / "4.png").exists()
+    rows = [metrics.read(workdir / metrics.FILE, "train") for workdir in (whole, broken)]
+    assert rows[0] == rows[1] and len({row["param_norm"] for row in rows[0]}) == 4
+    abstract = train_loop.abstract_state(
+        make_task(config, open_untrained), make_mesh(MeshConfig(), jax.devices()[:1])
+    )
+    states = []
+    for workdir in (whole, broken):
+        with Checkpoints(workdir / train_loop.CHECKPOINTS) as checkpoints:
+            states.append(checkpoints.restore(abstract).state)
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+    preset = training_bundle(whole, open_weights=open_untrained).preset
+    if name == "tiny_policy":
+        assert preset.default_sampler == "policy" and preset.num_velocities == 10
+        assert preset.default_timesteps == (1.0, 0.75, 0.5, 0.25) and not preset.shift_timesteps
+    else:
+        assert preset.mmdit.guidance_embed and preset.default_true_cfg_scale == 1

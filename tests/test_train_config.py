@@ -218,5 +218,10 @@ def test_held_out_examples_are_read_the_same_way_each_time():
 
 
 def test_presets_are_those_of_the_models():
-    for name in PRESETS:
-        assert TrainConfig(preset=name).model.name == name
+    for name, preset in PRESETS.items():
+        own = {}
+        if preset.num_velocities > 1:
+            own = {"objective": "policy_distillation", "weights": "teacher"}
+            with pytest.raises(ValueError, match="gives several velocities a step, and the"):
+                TrainConfig(preset=name)
+        assert TrainConfig(preset=name, **own).model.name == name

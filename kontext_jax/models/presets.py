@@ -136,6 +136,22 @@ class Preset:
     takes_references: bool = True
     non_commercial: bool = False  # published under the FLUX.1 [dev] Non-Commercial License
 
+    @property
+    def num_velocities(self) -> int:
+        """That the transformer gives for a token: 1, or N of a policy (`kontext_jax.policy`)."""
+        return max(1, self.mmdit.out_channels // (4 * self.vae.z_channels))
+
+    def check_sampler(self, sampler: Sampler) -> None:
+        """Raises ValueError if the transformer is not made for it."""
+        if (sampler == "policy") != (self.num_velocities > 1):
+            count = self.num_velocities
+            given = f"{count} velocities" if count > 1 else "one velocity"
+            fitting = "policy" if count > 1 else "euler or renoise"
+            raise ValueError(
+                f"the sampler is {sampler}, but this transformer gives {given} a step; choose "
+                f"{fitting}, or leave the choice to the model"
+            )
+
     def timesteps_of(self, num_steps: int) -> tuple[float, ...] | None:
         """The model's own times for so many steps; None where it has none."""
         own = self.default_timesteps
@@ -189,10 +205,20 @@ _SMALL += (  # what guidance is distilled into (configs/tiny_guidance_distill.py
     ),
 )
 
+
+def _with_policy(preset: Preset, name: str) -> Preset:
+    """The same with ten velocities a token, as many as arXiv:2510.14974 takes for FLUX.1."""
+    mmdit = dataclasses.replace(preset.mmdit, out_channels=10 * preset.mmdit.out_channels)
+    return dataclasses.replace(preset, name=name, mmdit=mmdit, default_sampler="policy")
+
+
+_DEV = Preset("kontext-dev", MMDiTConfig(), non_commercial=True)
+
 PRESETS = {
     preset.name: preset
     for preset in (
-        Preset("kontext-dev", MMDiTConfig(), non_commercial=True),
+        _DEV,
+        _with_policy(_DEV, "kontext-dev-policy"),
         Preset(
             "flux-dev",
             MMDiTConfig(),
@@ -236,5 +262,6 @@ PRESETS = {
             megapixels=0.065536,
         ),
         *_SMALL,
+        _with_policy(_SMALL[-1], "tiny-kontext-policy"),
     )
 }

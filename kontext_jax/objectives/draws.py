@@ -127,10 +127,25 @@ def draw_noise(
     return jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
 
 
+def draw_even(key: jax.Array, use: str, sample_index: jax.Array, low=0.0, high=1.0) -> jax.Array:
+    """One even draw for each sample: float32 [b]."""
+    keys = sample_keys(key, use, sample_index)
+    return jax.vmap(lambda k: jax.random.uniform(k, (), jnp.float32, low, high))(keys)
+
+
 def even_times(key: jax.Array, num_samples: int, bins: int) -> jax.Array:
     """Times for evaluation [num_samples]: the middles of equal parts in turn, the first by key."""
     first = jax.random.randint(use_key(key, "t"), (), 0, bins)
     return ((jnp.arange(num_samples) + first) % bins + 0.5) / bins
+
+
+def mean_of(name: str, values: jax.Array, where: jax.Array | bool = True) -> Metrics:
+    """A pair of metrics: the mean of `values` where `where`, which is as large or repeats."""
+    counted = jnp.broadcast_to(where, values.shape)
+    return {
+        f"{name}/sum": jnp.sum(jnp.where(counted, values, 0)),
+        f"{name}/count": jnp.sum(counted).astype(jnp.float32),
+    }
 
 
 def means_by_time(t: jax.Array, values: dict[str, jax.Array], bins: int) -> Metrics:

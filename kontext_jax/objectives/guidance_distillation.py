@@ -24,14 +24,19 @@ from jax import lax
 from kontext_jax import flow
 from kontext_jax.guidance import GuideFn, cfg, make_apg, make_interval
 from kontext_jax.objectives.base import (
-    Metrics,
     Objective,
     TokenBatch,
     make_gradient_step,
     num_samples,
-    sample_keys,
 )
-from kontext_jax.objectives.draws import TimesConfig, draw_noise, even_times, means_by_time
+from kontext_jax.objectives.draws import (
+    TimesConfig,
+    draw_even,
+    draw_noise,
+    even_times,
+    mean_of,
+    means_by_time,
+)
 from kontext_jax.objectives.flow_matching import Predict
 from kontext_jax.train_state import make_train_state
 from kontext_jax.types import Params
@@ -114,8 +119,8 @@ class GuidanceDistillationConfig(TimesConfig):
         self, key: jax.Array, sample_index: jax.Array, num_image_tokens: int
     ) -> jax.Array:
         t = super().draw_times(key, sample_index, num_image_tokens)
-        is_even = _draw(key, "uniform_times", sample_index) < self.uniform_times
-        even = _draw(key, "uniform_t", sample_index, flow.SMALLEST_TRAINING_TIME, 1.0)
+        is_even = draw_even(key, "uniform_times", sample_index) < self.uniform_times
+        even = draw_even(key, "uniform_t", sample_index, flow.SMALLEST_TRAINING_TIME, 1.0)
         return jnp.where(is_even, even, t)
 
     def draw_guidance(self, key: jax.Array, sample_index: jax.Array) -> jax.Array:
@@ -123,17 +128,11 @@ class GuidanceDistillationConfig(TimesConfig):
         low, high = self.guidance_range
         if self.guidance_spacing == "log":
             logs = jnp.log(jnp.float32(low)), jnp.log(jnp.float32(high))
-            drawn = jnp.exp(_draw(key, "guidance", sample_index, *logs))
+            drawn = jnp.exp(draw_even(key, "guidance", sample_index, *logs))
         else:
-            drawn = _draw(key, "guidance", sample_index, low, high)
-        is_unguided = _draw(key, "unguided", sample_index) < self.unguided_share
+            drawn = draw_even(key, "guidance", sample_index, low, high)
+        is_unguided = draw_even(key, "unguided", sample_index) < self.unguided_share
         return jnp.where(is_unguided, 1.0, drawn)
-
-
-def _draw(key, use: str, sample_index, low=0.0, high=1.0) -> jax.Array:
-    """One even draw for each sample: float32 [b]."""
-    keys = sample_keys(key, use, sample_index)
-    return jax.vmap(lambda k: jax.random.uniform(k, (), jnp.float32, low, high))(keys)
 
 
 def teacher_velocities(
@@ -223,7 +222,7 @@ def make_guidance_distillation(
         guidance = config.draw_guidance(key, sample_index)
         loss, relative, no_op = errors_of(params, frozen, batch, x_t, t, *v_teacher, guidance)
         metrics = means_by_time(t, {"loss_t": loss}, config.num_loss_bins)
-        metrics |= _mean("relative_error", relative) | _mean("no_op_error", no_op)
+        metrics |= mean_of("relative_error", relative) | mean_of("no_op_error", no_op)
         return jnp.mean(loss), metrics
 
     def evaluate(params, frozen, batch, key):
@@ -237,10 +236,10 @@ def make_guidance_distillation(
 
         grid = jnp.asarray(config.eval_guidance, jnp.float32)
         losses, relatives, no_ops = lax.map(at, grid)  # [G, b] each
-        metrics = _mean("loss", losses)
+        metrics = mean_of("loss", losses)
         for g, relative, no_op in zip(config.eval_guidance, relatives, no_ops, strict=True):
             name = f"relative_error/g{g:g}"
-            metrics |= _mean(name, relative) | _mean(f"no_op_error/g{g:g}", no_op)
+            metrics |= mean_of(name, relative) | mean_of(f"no_op_error/g{g:g}", no_op)
             metrics |= means_by_time(t, {f"{name}/t": relative}, config.num_loss_bins)
         return metrics
 
@@ -255,7 +254,3 @@ def make_guidance_distillation(
         ),
         evaluate=evaluate,
     )
-
-
-def _mean(name: str, values: jax.Array) -> Metrics:
-    return {f"{name}/sum": jnp.sum(values), f"{name}/count": jnp.float32(values.size)}

@@ -187,8 +187,7 @@ def _request(args: argparse.Namespace) -> sampling.Request:
             if value < 1:
                 raise ValueError(f"--{flag} is {value}; expected at least 1")
             given[name] = value
-    if args.sampler:
-        given["sampler"] = args.sampler
+    given["sampler"] = args.sampler or PRESETS[preset].default_sampler
     if args.mesh:
         given["mesh"] = parse_mesh(args.mesh)
     return sampling.Request(**given)
