@@ -41,6 +41,7 @@ FLOORS = {
     ),
     1: (
         "guidance",
+        "policy",
         "model_card",
         "placement",
         "ops",

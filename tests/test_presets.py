@@ -21,13 +21,16 @@ def test_names_are_keys():
 def test_kontext_and_the_small_models_take_references():
     assert {n for n, p in PRESETS.items() if p.takes_references} == {
         *("kontext-dev", "kontext-base", "tiny", "tiny-scenes"),
-        *("tiny-kontext", "tiny-kontext-guided"),
+        *("kontext-dev-policy", "tiny-kontext", "tiny-kontext-guided", "tiny-kontext-policy"),
     }
 
 
 def test_networks_of_a_preset_fit_together():
     for preset in PRESETS.values():
-        assert preset.mmdit.in_channels == preset.mmdit.out_channels == 4 * preset.vae.z_channels
+        assert preset.mmdit.in_channels == 4 * preset.vae.z_channels
+        velocities = 10 if preset.name.endswith("-policy") else 1
+        assert preset.num_velocities == velocities
+        assert preset.mmdit.out_channels == velocities * preset.mmdit.in_channels
         assert preset.mmdit.context_in_dim == preset.t5.d_model
         assert preset.mmdit.vec_in_dim == preset.clip.hidden_size
         assert preset.clip.max_position_embeddings == 77
