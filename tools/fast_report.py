@@ -4,13 +4,13 @@
     python tools/pack_tiny.py --weights runs/tiny/ladd --figures runs/tiny/report/distilled.json \\
         --out kontext_jax/assets/models/tiny-fast
 
-Teacher is DIR/final with classifier-free guidance; beside it stand DIR/guidance and DIR/ladd
-(configs/tiny_guidance_distill.py, configs/tiny_ladd.py), as far as they are there, by as many steps
-as each is made for and fewer. 500 edits of each split by three seeds of noise, 200 chains of six
-edits; what was measured is kept in DIR/report and not measured again for the same weights. VGG16
-must have been fetched once by `python -m kontext_jax.evaluation.fetch_perceptual`. Into --docs go
-distillation.md's results and the pictures distilled.png, multi_turn.png and fast_demo.png; nothing
-of them is typed by hand.
+Teacher is DIR/final with classifier-free guidance; beside it stand DIR/guidance, DIR/ladd and
+DIR/policy (configs/tiny_guidance_distill.py, tiny_ladd.py, tiny_policy.py), as far as they are
+there, by as many steps as each is made for and fewer. 500 edits of each split by three seeds of
+noise, 200 chains of six edits; what was measured is kept in DIR/report and not measured again for
+the same weights. VGG16 must have been fetched once by
+`python -m kontext_jax.evaluation.fetch_perceptual`. Into --docs go distillation.md's results and
+the pictures distilled.png, multi_turn.png and fast_demo.png; nothing of them is typed by hand.
 """
 
 import argparse
@@ -39,7 +39,9 @@ SHEET = 8
 
 def table_rows(runs: Path, steps: int, cfg: float) -> dict[str, Row]:
     """The rows of the table, by what the criteria call them."""
-    final, guided, fast = (str(runs / name) for name in ("final", "guidance", "ladd"))
+    final, guided, fast, policy = (
+        str(runs / name) for name in ("final", "guidance", "ladd", "policy")
+    )
     rows = {
         "teacher": Row(f"CFG {cfg:g}, {steps} steps", final, steps, "euler", cfg=cfg),
         "teacher 4": Row(f"CFG {cfg:g}, 4 steps", final, 4, "euler", cfg=cfg),
@@ -53,12 +55,15 @@ def table_rows(runs: Path, steps: int, cfg: float) -> dict[str, Row]:
             rows[f"renoise {n}"] = Row(f"LADD, {n} renoise steps", fast, n, "renoise", cfg)
         for n in FEW[:-1]:  # one step is the same by both
             rows[f"euler {n}"] = Row(f"LADD, {n} euler steps", fast, n, "euler", cfg)
+    if Path(policy).exists():
+        rows["policy 4"] = Row("policies, 4 steps", policy, 4, "policy", cfg)
     return rows
 
 
 def turn_rows(rows: Mapping[str, Row], steps: int) -> list[Row]:
     """Those that are followed over turns."""
-    return [rows[key] for key in ("teacher", f"guided {steps}", "renoise 4") if key in rows]
+    followed = "teacher", f"guided {steps}", "renoise 4", "policy 4"
+    return [rows[key] for key in followed if key in rows]
 
 
 def criteria(report: Mapping, names: Mapping[str, str], steps: int) -> list[list[str]]:
@@ -103,6 +108,7 @@ def criteria(report: Mapping, names: Mapping[str, str], steps: int) -> list[list
         if (own := figure(best, "vgg_mmd_to_teacher")) is not None:
             line("VGG-MMD of 4 teacher steps over LADD’s",
                  figure("guided 4", "vgg_mmd_to_teacher") / max(own, 1e-9), 1)  # fmt: skip
+        line("success of policies in 4 steps, %", success("policy 4"), wanted)
     return lines
 
 
@@ -199,9 +205,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     turns = measured(out / "turns.json", facts, measure_turns)
     for name in ("distilled.png", "multi_turn.png"):
         (args.docs / name).write_bytes((out / name).read_bytes())
-    shown = [
-        opened[key] for key in ("teacher", "renoise 4", "renoise 2", "renoise 1") if key in opened
-    ]
+    few = "teacher", "policy 4", "renoise 4", "renoise 2", "renoise 1"
+    shown = [opened[key] for key in few if key in opened]
     write_png(args.docs / "fast_demo.png", demo(shown, world.size_px), {})
     fill_page(args.docs / "distillation.md", results(content, turns), "fast_report.py")
     say(f"wrote {args.docs / 'distillation.md'}")

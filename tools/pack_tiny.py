@@ -88,6 +88,10 @@ def photo_phrases() -> list[str]:
     return [f"of photographs: {', '.join(whole)}, and the edits of objects above, drawn onto them"]
 
 
+def recipe_page(content: Mapping) -> str:
+    return "docs/tiny.md" if content.get("photos") is not None else "docs/learning.md"
+
+
 def photo_credits() -> list[str]:
     return [
         f"| {p.name} | `{p.package}` | {p.author} | {p.licence} | {p.split.replace('_', ' ')} |"
@@ -131,7 +135,7 @@ def card(
         "- **What it understands.** A few dozen words:",
         *[f"  - {line}" for line in scene_phrases() + (photo_phrases() if with_photos else [])],
         "- **Licence.** Apache-2.0, as the code.",
-        "- **Recipe.** docs/learning.md, with the commands that make it again.",
+        f"- **Recipe.** {recipe_page(content)}, with the commands that make it again.",
         "",
         "## Figures",
         "",
@@ -192,7 +196,7 @@ def fast_card(bundle: ModelBundle, source: str, counts: Mapping[str, int], conte
             "  and text encoders are those of its teacher.",
             f"- **What it takes.** Pictures of about {side}×{side} pixels (others are resized),",
             f"  {steps}, guidance {preset.default_guidance:g} as an input; these are the defaults.",
-            "  1, 2 and 4 steps work (`--steps`).",
+            *["  1, 2 and 4 steps work (`--steps`)."] * (preset.default_sampler == "renoise"),
             "- **What it was trained on, what it understands, whose photographs.** As its teacher.",
             "- **Licence.** Apache-2.0, as the code.",
             "- **Recipe.** docs/distillation.md, with the commands that make it again.",
@@ -228,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         measured = {row["weights"] for row in content["report"]["rows"].values()}
     if bundle.identity not in measured:
         raise SystemExit(f"{args.figures} is about other weights than {args.weights}; measure them")
-    source = "trained from nothing by kontext_jax (docs/learning.md)"
+    source = f"trained from nothing by kontext_jax ({recipe_page(content)})"
     what = "joint training"
     if is_distilled:
         source = "distilled from the tiny Kontext by kontext_jax (docs/distillation.md)"

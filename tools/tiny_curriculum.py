@@ -175,6 +175,18 @@ def list_stages(runs: Path, part: float = 1.0, joint_steps: int = 7000) -> tuple
             ),
             ("encoded_eval", "guidance", "made"),
         ),
+        Stage(
+            "policy",
+            train(
+                "tiny_policy",
+                "policy",
+                2000,
+                frozen,
+                *cached,
+                f"weights={runs / 'guidance'}",
+            ),
+            ("encoded", "encoded_eval", "guidance"),
+        ),
     )
 
 
