@@ -6,10 +6,12 @@ not made again, so a run that was killed goes on where its last shard ended.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
@@ -269,6 +271,26 @@ def size_text(count: float) -> str:
             break
         count /= 1000
     return f"{count:.3g} {unit}" if count < 999.5 else f"{count:,.0f} {unit}"
+
+
+TERMINAL_EVERY_S, LINES_EVERY_S = 0.5, 10.0
+
+
+@contextlib.contextmanager
+def progress_line(
+    total: int, images_per: float, tell: Tell, *, quiet: bool, verb: str = "encoded"
+) -> Iterator["ProgressLine"]:
+    """A `ProgressLine` of a command: drawn over itself on a terminal, else told now and then."""
+    if quiet or not sys.stdout.isatty():
+        yield ProgressLine(total, images_per, tell, LINES_EVERY_S, verb=verb)
+        return
+
+    def draw(line: str) -> None:
+        print(f"\r{line:<78}", end="", flush=True)
+
+    yield ProgressLine(total, images_per, draw, TERMINAL_EVERY_S, verb=verb)
+    draw("")
+    print("\r", end="")
 
 
 class ProgressLine:

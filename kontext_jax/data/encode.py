@@ -32,7 +32,7 @@ from kontext_jax.data.dataset import open_dataset
 from kontext_jax.data.encoded_records import ShardWriter, facts_hash, lock_part
 from kontext_jax.data.encoding_jobs import Cutting, bytes_needed, list_jobs, read_stored
 from kontext_jax.data.filters import FilterError
-from kontext_jax.encoding import Encoding, Networks, ProgressLine, check_room, size_text
+from kontext_jax.encoding import Encoding, Networks, check_room, progress_line, size_text
 from kontext_jax.stages import DTYPES
 
 DATA_OPTIONS = (
@@ -40,7 +40,6 @@ DATA_OPTIONS = (
     *("resolution", "buckets", "random_crop", "flip", "on_bad_sample", "largest_aspect_mismatch"),
     *("filter_function", "filter_command", "verify", "index_dir", "threads"),
 )
-TERMINAL_EVERY_S, LINES_EVERY_S = 0.5, 10.0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -88,15 +87,6 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def check_share(process_index: int, process_count: int) -> None:
-    """Raises ValueError if that is no process of so many."""
-    if not 0 <= process_index < process_count:
-        raise ValueError(
-            f"process_index {process_index} is none of {process_count} processes, which "
-            "count from 0"
-        )
-
-
 def encode(args: argparse.Namespace) -> None:
     """Does what the options say.
 
@@ -109,7 +99,7 @@ def encode(args: argparse.Namespace) -> None:
         if not args.quiet:
             print(line, flush=True)
 
-    check_share(args.process_index, args.process_count)
+    encoded_folder.check_share(args.process_index, args.process_count)
     out, dtype = encoded_folder.local_folder(args.out), DTYPES[args.dtype]
     bundle = open_encoders(args.weights, args.autoencoder_weights, args.model)
     tell(f"encoders: {bundle.source}")
@@ -173,17 +163,10 @@ def encode(args: argparse.Namespace) -> None:
             tell=tell,
         )
         pictures = sum(len(job.variants) * (1 + len(job.kind.contexts)) for job in jobs)
-        terminal = sys.stdout.isatty() and not args.quiet
-        progress = ProgressLine(
-            sum(max(1, len(job.variants)) for job in jobs),
-            pictures / max(1, todo),
-            (lambda line: print(f"\r{line:<78}", end="", flush=True)) if terminal else tell,
-            TERMINAL_EVERY_S if terminal else LINES_EVERY_S,
-        )
+        crops = sum(max(1, len(job.variants)) for job in jobs)
         start = time.monotonic()
-        work.run(jobs, progress)
-        if terminal:
-            print(f"\r{'':<78}\r", end="")
+        with progress_line(crops, pictures / max(1, todo), tell, quiet=args.quiet) as progress:
+            work.run(jobs, progress)
         seconds = time.monotonic() - start
         num_records = num_done + work.num_written
         encoded_folder.write_done(out, partial, *share, num_records)

@@ -26,6 +26,15 @@ NULL_TEXT = "null_text.safetensors"
 DONE_NAME = re.compile(r"done-(\d{5})-of-(\d{5})\.json")
 
 
+def check_share(process_index: int, process_count: int) -> None:
+    """Raises ValueError if that is no process of so many."""
+    if not 0 <= process_index < process_count:
+        raise ValueError(
+            f"process_index {process_index} is none of {process_count} processes, which "
+            "count from 0"
+        )
+
+
 def local_folder(path: str | Path) -> Path:
     """The folder as a Path.
 

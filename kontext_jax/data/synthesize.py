@@ -27,11 +27,10 @@ from kontext_jax.conditioning import ENCODER_KINDS, encoder_facts
 from kontext_jax.data import encoded_folder
 from kontext_jax.data.cache import EncodedCache
 from kontext_jax.data.check import parse_arguments
-from kontext_jax.data.encode import LINES_EVERY_S, TERMINAL_EVERY_S, check_share
 from kontext_jax.data.encoded_records import ShardWriter, facts_hash, lock_part
 from kontext_jax.data.encoding_jobs import read_stored
 from kontext_jax.data.index import hash_id
-from kontext_jax.encoding import Networks, ProgressLine, check_room, size_text
+from kontext_jax.encoding import Networks, check_room, progress_line, size_text
 from kontext_jax.latents import PIXELS_PER_TOKEN
 from kontext_jax.placement import parse_mesh, sampling_mesh
 from kontext_jax.stages import DTYPES, Stages
@@ -89,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    check_share(args.process_index, args.process_count)
+    encoded_folder.check_share(args.process_index, args.process_count)
     for name in ("steps", "variants", "limit", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; expected at least 1")
@@ -163,18 +162,9 @@ def synthesize(args: argparse.Namespace) -> None:
             batch_size=args.batch_size,
             dtype=np.dtype(DTYPES[facts["dtype"]]),
         )
-        terminal = sys.stdout.isatty() and not args.quiet
-        progress = ProgressLine(
-            len(jobs),
-            1,
-            (lambda line: print(f"\r{line:<78}", end="", flush=True)) if terminal else tell,
-            TERMINAL_EVERY_S if terminal else LINES_EVERY_S,
-            verb="made",
-        )
         start = time.monotonic()
-        work.run(jobs, progress)
-        if terminal:
-            print(f"\r{'':<78}\r", end="")
+        with progress_line(len(jobs), 1, tell, quiet=args.quiet, verb="made") as progress:
+            work.run(jobs, progress)
         seconds = time.monotonic() - start
         encoded_folder.write_done(out, partial, *share, len(wanted))
     rate = f" ({len(jobs) / seconds:.3g} a second)" if jobs else ""
