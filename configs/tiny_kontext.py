@@ -20,7 +20,7 @@ def get_config():
             preset="tiny-kontext",
             weights="runs/tiny/t2i",
             encoders="runs/tiny/encoders",
-            num_steps=7000,
+            num_steps=3500,
             batch_size=96,
             dtype="float32",
             attention_backend="reference",

@@ -43,7 +43,7 @@ class Stage:
     inputs: tuple[str, ...] = ()
 
 
-def list_stages(runs: Path, part: float = 1.0, joint_steps: int = 7000) -> tuple[Stage, ...]:
+def list_stages(runs: Path, part: float = 1.0, joint_steps: int = 3500) -> tuple[Stage, ...]:
     """The stages in order.
 
     Args:
@@ -258,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/tiny"), metavar="DIR")
     parser.add_argument("--until", metavar="STAGE", help="stop after this one")
-    parser.add_argument("--joint-steps", type=int, default=7000, help="of the longest stage")
+    parser.add_argument("--joint-steps", type=int, default=3500, help="of the longest stage")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
     parser.add_argument("--part", type=float, default=1.0, help="of all steps, to try it out")
     args = parser.parse_args(argv)
