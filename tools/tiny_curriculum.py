@@ -138,7 +138,7 @@ def list_stages(runs: Path, part: float = 1.0, joint_steps: int = 3500) -> tuple
             train(
                 "tiny_kontext",
                 "final",
-                1500,
+                1200,
                 frozen,
                 *cached,
                 f"weights={runs / 'joint'}",
