@@ -9,8 +9,8 @@ from pathlib import Path
 
 from kontext_jax.command_line import Parser
 
-DEMO_IMAGE = "example:shapes"
-DEMO_PROMPT = "make the red circle yellow"
+DEMO_IMAGE = "example:cat"
+DEMO_PROMPT = "put a red frame around the picture"
 # What --model can name where there are no --weights, besides the models of the package.
 SHIPPED, UNTRAINED = "tiny", "untrained"
 OUTPUTS = Path("outputs")

@@ -233,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if bundle.identity not in measured:
         raise SystemExit(f"{args.figures} is about other weights than {args.weights}; measure them")
     source = f"trained from nothing by kontext_jax ({recipe_page(content)})"
-    what = "joint training"
+    what = "its last run"
     if is_distilled:
         source = "distilled from the tiny Kontext by kontext_jax (docs/distillation.md)"
         what = "distillation"
