@@ -477,7 +477,8 @@ def guess_preset(config: MMDiTConfig, hints: list[str], where: str) -> str:
         for word, preset in _TELLING_WORDS:
             if re.search(word, hint.lower()):
                 return preset
-    choices = " | ".join(p.name for p in PRESETS.values() if p.mmdit.guidance_embed)
+    fitting = (p for p in PRESETS.values() if p.mmdit.guidance_embed and p.num_velocities == 1)
+    choices = " | ".join(p.name for p in fitting)
     raise WeightMismatchError(
         f"{where}: kontext-dev, flux-dev and krea-dev have the same shapes, and no name here says "
         f"which one this is; pass --preset {choices}"
