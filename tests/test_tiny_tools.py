@@ -165,7 +165,7 @@ def test_the_model_that_ships_fits_and_says_what_it_is():
         assert part in card
     manifest = json.loads((checkpoint.SHIPPED / checkpoint.MANIFEST).read_text())
     assert manifest["license"] == "Apache-2.0" and "/" not in manifest["source"].replace(
-        "docs/learning.md", ""
+        "docs/tiny.md", ""
     )
 
 
