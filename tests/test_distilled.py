@@ -53,7 +53,7 @@ def test_rows_that_cannot_be_sampled_are_named():
     def missing(path):
         raise FileNotFoundError(f"no {path}")
 
-    with pytest.raises(ValueError, match=r"row a: tiny-scenes takes no guidance"):
+    with pytest.raises(ValueError, match=r"row a: tiny-kontext takes no guidance"):
         open_rows([parse_row("a=tiny,guidance=2")], missing)
     with pytest.raises(ValueError, match=r"row a: sampler .*did you mean euler"):
         open_rows([parse_row("a=tiny,sampler=eulr")], missing)
