@@ -91,14 +91,15 @@ def test_after_compile_only_a_run_compiles_and_traces_nothing(tmp_path):
     assert lines[1].startswith("64×64 from 1 of 64×64: 5 programs, ")
     assert lines[2].startswith("5 programs for 1 sizes in ") and str(cache) in lines[2]
     assert counts["made"] == 5
-    lines, counts = run("-o", "edit.png")
+    edit = "--image", "example:shapes", "--prompt", "make the red circle yellow", "-o"
+    lines, counts = run(*edit, "edit.png")
     assert (tmp_path / "edit.png").exists()
     assert (counts["status"], counts["made"]) == (0, 0)
     assert counts["cache_hits"] > 0 and "cache_misses" not in counts
     for path in (cache / "programs").iterdir():
         path.unlink()  # as if this package were another version
     for made in (5, 0):
-        assert run("-o", "again.png")[1]["made"] == made
+        assert run(*edit, "again.png")[1]["made"] == made
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "edit.png").read_bytes()
 
 
