@@ -17,14 +17,14 @@ Expect: `relative_error/I` below `no_op_error/I` of the first evaluation, least 
 """
 
 from kontext_jax.data.config import DataConfig
+from kontext_jax.flow import shift_timesteps
 from kontext_jax.objectives.policy_distillation import PolicyDistillationConfig
 from kontext_jax.optimizer import OptimizerConfig
 from kontext_jax.sharding import MeshConfig
 from kontext_jax.train_config import REQUIRED, LogConfig, TrainConfig, config_dict
 from kontext_jax.training_checkpoints import CheckpointConfig
 
-SHIFT = 3.2
-TIMES = tuple(SHIFT * t / (1 + (SHIFT - 1) * t) for t in (1.0, 0.75, 0.5, 0.25))
+TIMES = tuple(float(shift_timesteps(t, 3.2)) for t in (1.0, 0.75, 0.5, 0.25))
 
 
 def get_config():
