@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from encode_helpers import run, write_pairs
+from interrupted_runs import run_whole_and_broken
 
-from kontext_jax import conditioning, metrics, train_config, train_loop
+from kontext_jax import conditioning, train_config
 from kontext_jax.checkpoint import untrained_bundle
 from kontext_jax.command_line import load_config
 from kontext_jax.data.config import DataConfig
@@ -20,13 +21,12 @@ from kontext_jax.flops import mmdit_flops
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.objectives.guidance_distillation import GuidanceDistillationConfig
 from kontext_jax.plan import programs
-from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.task_table import make_task
 from kontext_jax.tensor_files import flatten
 from kontext_jax.train_config import EvalConfig, TrainConfig
 from kontext_jax.train_loop import dry_run
 from kontext_jax.training_bundle import training_bundle
-from kontext_jax.training_checkpoints import CheckpointConfig, Checkpoints
+from kontext_jax.training_checkpoints import CheckpointConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -274,26 +274,8 @@ def test_an_interrupted_run_is_the_unbroken_one(tmp_path, name):
         checkpoint=CheckpointConfig(every_steps=3),
         log=dataclasses.replace(tiny.log, every_steps=1),
     )
-    samples = EvalConfig(
-        sources=("scenes:easy:seen:12",), num_batches=1, sample_every_steps=4, sample_rows=2
-    )
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    lines = []
-    for workdir, num_steps, held_out in ((whole, 4, samples), (broken, 3, EvalConfig()),
-                                         (broken, 4, EvalConfig())):  # fmt: skip
-        changed = dataclasses.replace(config, num_steps=num_steps, eval=held_out)
-        train_loop.train(changed, str(workdir), open_weights=open_untrained, tell=lines.append)
-    assert any(line.startswith("going on from step 3") for line in lines)
-    assert (whole / "samples" / "4.png").exists()
-    rows = [metrics.read(workdir / metrics.FILE, "train") for workdir in (whole, broken)]
+    whole, rows, states = run_whole_and_broken(config, tmp_path, open_untrained)
     assert rows[0] == rows[1] and len({row["param_norm"] for row in rows[0]}) == 4
-    abstract = train_loop.abstract_state(
-        make_task(config, open_untrained), make_mesh(MeshConfig(), jax.devices()[:1])
-    )
-    states = []
-    for workdir in (whole, broken):
-        with Checkpoints(workdir / train_loop.CHECKPOINTS) as checkpoints:
-            states.append(checkpoints.restore(abstract).state)
     jax.tree.map(np.testing.assert_array_equal, *states)
 
     preset = training_bundle(whole, open_weights=open_untrained).preset

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interrupted_runs import run_whole_and_broken
 
-from kontext_jax import metrics, train_loop
+from kontext_jax import train_loop
 from kontext_jax.checkpoint import untrained_bundle
 from kontext_jax.data.config import DataConfig
 from kontext_jax.models.feature_heads import FeatureHeadsConfig
@@ -18,7 +19,7 @@ from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.task_table import make_task
 from kontext_jax.train_config import EvalConfig, TrainConfig, parse
 from kontext_jax.training_bundle import training_bundle
-from kontext_jax.training_checkpoints import CheckpointConfig, Checkpoints
+from kontext_jax.training_checkpoints import CheckpointConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -126,28 +127,10 @@ def test_an_interrupted_run_with_heads_is_the_unbroken_one(tmp_path):
         checkpoint=CheckpointConfig(every_steps=3),
         log=dataclasses.replace(tiny.log, every_steps=1),
     )
-    samples = EvalConfig(
-        sources=("scenes:easy:seen:12",), num_batches=1, sample_every_steps=4, sample_rows=2
-    )
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    lines = []
-    for run, num_steps, held_out in ((whole, 4, samples), (broken, 3, EvalConfig()),
-                                     (broken, 4, EvalConfig())):  # fmt: skip
-        changed = dataclasses.replace(config, num_steps=num_steps, eval=held_out)
-        train_loop.train(changed, str(run), open_weights=untrained, tell=lines.append)
-    assert any(line.startswith("going on from step 3") for line in lines)
-    assert (whole / "samples" / "4.png").exists()
-
-    rows = [metrics.read(run / metrics.FILE, "train") for run in (whole, broken)]
+    whole, rows, states = run_whole_and_broken(config, tmp_path, untrained)
     assert rows[0] == rows[1]
     norms = [row["discriminator/param_norm"] for row in rows[0]]
     assert len(set(norms)) == 4, "the heads learn in every step"
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    abstract = train_loop.abstract_state(make_task(config, untrained), mesh)
-    states = []
-    for run in (whole, broken):
-        with Checkpoints(run / train_loop.CHECKPOINTS) as checkpoints:
-            states.append(checkpoints.restore(abstract).state)
     assert states[0].extra.step == 4
     jax.tree.map(np.testing.assert_array_equal, *states)
 

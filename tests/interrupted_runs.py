@@ -1,0 +1,39 @@
+"""A run in one piece, and the same one stopped on the way."""
+
+import dataclasses
+
+import jax
+
+from kontext_jax import metrics, train_loop
+from kontext_jax.sharding import MeshConfig, make_mesh
+from kontext_jax.task_table import make_task
+from kontext_jax.train_config import EvalConfig
+from kontext_jax.training_checkpoints import Checkpoints
+
+SAMPLES = EvalConfig(
+    sources=("scenes:easy:seen:12",), num_batches=1, sample_every_steps=4, sample_rows=2
+)
+
+
+def run_whole_and_broken(config, folder, open_weights):
+    """Four steps of `config`, at once with samples, and as three and one without.
+
+    Returns:
+      The folder of the whole run; of both, the training rows of their metrics, and their states.
+    """
+    whole, broken = folder / "whole", folder / "broken"
+    lines = []
+    for run, num_steps, held_out in ((whole, 4, SAMPLES), (broken, 3, EvalConfig()),
+                                     (broken, 4, EvalConfig())):  # fmt: skip
+        changed = dataclasses.replace(config, num_steps=num_steps, eval=held_out)
+        train_loop.train(changed, str(run), open_weights=open_weights, tell=lines.append)
+    assert any(line.startswith("going on from step 3") for line in lines)
+    assert (whole / "samples" / "4.png").exists()
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    abstract = train_loop.abstract_state(make_task(config, open_weights), mesh)
+    states = []
+    for run in (whole, broken):
+        with Checkpoints(run / train_loop.CHECKPOINTS) as checkpoints:
+            states.append(checkpoints.restore(abstract).state)
+    rows = [metrics.read(run / metrics.FILE, "train") for run in (whole, broken)]
+    return whole, rows, states
