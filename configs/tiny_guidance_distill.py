@@ -23,14 +23,20 @@ def get_config():
             preset="tiny-kontext-guided",
             weights="runs/tiny/final",
             encoders="runs/tiny/encoders",
-            num_steps=2000,
+            num_steps=1500,
             batch_size=64,
             dtype="float32",
             attention_backend="reference",
             remat="none",
             ema_decay=0.99,
-            guidance_distillation=GuidanceDistillationConfig(timestep_mode="const"),
-            optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=50, b2=0.99),
+            guidance_distillation=GuidanceDistillationConfig(
+                timestep_mode="const",
+                guidance_range=(1.0, 3.0),
+                eval_guidance=(1.0, 1.7, 2.5, 3.0),
+            ),
+            optimizer=OptimizerConfig(
+                learning_rate=2e-4, warmup_steps=50, schedule="linear", b2=0.99
+            ),
             data=DataConfig(
                 cache="runs/tiny/encoded",
                 synthetic_cache="runs/tiny/guided",

@@ -21,14 +21,16 @@ def get_config():
             preset="tiny-kontext-policy",
             weights="runs/tiny/guidance",
             encoders="runs/tiny/encoders",
-            num_steps=2000,
+            num_steps=1000,
             batch_size=64,
             dtype="float32",
             attention_backend="reference",
             remat="none",
             ema_decay=0.99,
             policy_distillation=PolicyDistillationConfig(guidance=2.5),
-            optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=50, b2=0.99),
+            optimizer=OptimizerConfig(
+                learning_rate=3e-4, warmup_steps=50, schedule="linear", b2=0.99
+            ),
             data=DataConfig(cache="runs/tiny/encoded", fraction_with_references=0.85),
             checkpoint=CheckpointConfig(every_steps=100, keep_every=1000),
             eval=EvalConfig(

@@ -45,7 +45,6 @@ ASSETS = Path(__file__).parent / "assets"
 # Models inside the package, by the names that --model takes; "tiny" is what the commands use
 # without weights, "tiny-fast" the same distilled to a few steps.
 PACKAGED = {name: ASSETS / "models" / name for name in ("tiny", "tiny-fast")}
-SHIPPED = PACKAGED["tiny"]
 
 Place = Callable[[str, tuple[int, ...]], "jax.sharding.Sharding"]
 """Path and shape of a parameter → where it goes."""

@@ -18,11 +18,15 @@ SAMPLES = EvalConfig(
 def run_whole_and_broken(config, folder, open_weights):
     """Four steps of `config`, at once with samples, and as three and one without.
 
+    The learning rate is constant: a decaying one depends on the number of steps, and a run does not
+    go on with another.
+
     Returns:
       The folder of the whole run; of both, the training rows of their metrics, and their states.
     """
     whole, broken = folder / "whole", folder / "broken"
-    lines = []
+    optimizer = dataclasses.replace(config.optimizer, schedule="constant")
+    config, lines = dataclasses.replace(config, optimizer=optimizer), []
     for run, num_steps, held_out in ((whole, 4, SAMPLES), (broken, 3, EvalConfig()),
                                      (broken, 4, EvalConfig())):  # fmt: skip
         changed = dataclasses.replace(config, num_steps=num_steps, eval=held_out)

@@ -1,38 +1,26 @@
 """The autoencoder's task: configs that fit, what they refuse, and a whole run that goes on."""
 
 import dataclasses
-import importlib.util
-from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from config_tasks import count, read_config, trace_step
 
 from kontext_jax import metrics, train_loop
+from kontext_jax.checkpoint import untrained_bundle
 from kontext_jax.data.config import DataConfig
 from kontext_jax.models.perceptual import ALEXNET
 from kontext_jax.perceptual_weights import FOLDER_VARIABLE, perceptual_shapes, save_perceptual
-from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.task_table import make_task
 from kontext_jax.tensor_files import TensorFileError, flatten
-from kontext_jax.train_config import TrainConfig, parse
 from kontext_jax.training_bundle import training_bundle
 from kontext_jax.training_checkpoints import CheckpointConfig
 
-ROOT = Path(__file__).parents[1]
 OFF = (
     ("autoencoder.adversarial_weight", "0"),
     ("autoencoder.adversarial_start_step", "50000"),
 )
-
-
-def read_config(name, settings=()) -> TrainConfig:
-    path = ROOT / "configs" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return parse(module.get_config(), settings)
 
 
 def no_weights(path):
@@ -62,29 +50,16 @@ def test_settings_without_effect_are_refused(name, settings, message):
 def test_the_full_size_step_is_traced_as_it_stands():
     """Shapes of a whole step in bfloat16; nothing is computed."""
     config = dataclasses.replace(read_config("vae_flux"), batch_size=2, remat="full")
-    task = make_task(config, no_weights)
-    state = train_loop.abstract_state(task, make_mesh(MeshConfig(), jax.devices()[:1]))
-    trees = state.params, state.extra.params
-    counts = [sum(x.size for x in jax.tree.leaves(tree)) for tree in trees]
-    assert counts == [83_819_683, 2_765_633]  # BFL's autoencoder, and taming's discriminator
-    after, found = jax.eval_shape(
-        task.objective.step,
-        state,
-        task.frozen_shapes(),
-        task.abstract_batch(2, (256, 256), 0),
-        jax.eval_shape(lambda: jax.random.key(0)),
-    )
-    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    state, found = trace_step(make_task(config, no_weights), (256, 256), 0)
+    assert count(state.params) == 83_819_683  # BFL's autoencoder
+    assert count(state.extra.params) == 2_765_633  # taming's discriminator
     assert {"lpips", "adversarial_weight/sum", "discriminator/loss/sum"} <= found.keys()
-    assert all(x.shape == () and x.dtype == jnp.float32 for x in found.values())
 
 
 def test_latents_have_the_channels_asked_for():
     config = read_config("scenes_vae", (("autoencoder.z_channels", "4"),))
     shapes = jax.eval_shape(make_task(config, no_weights).objective.init, jax.random.key(0))
     assert shapes.params["decoder"]["conv_in"]["kernel"].shape[2] == 4
-
-    from kontext_jax.checkpoint import untrained_bundle
 
     config = dataclasses.replace(config, weights="somewhere")
     with pytest.raises(ValueError, match="z_channels is 4, but somewhere has 16"):

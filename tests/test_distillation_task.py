@@ -2,19 +2,18 @@
 
 import dataclasses
 import re
-from pathlib import Path
 
 import encode_helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from config_tasks import count, read_config, trace_step
 from encode_helpers import run, write_pairs
 from interrupted_runs import run_whole_and_broken
 
 from kontext_jax import conditioning, train_config
 from kontext_jax.checkpoint import untrained_bundle
-from kontext_jax.command_line import load_config
 from kontext_jax.data.config import DataConfig
 from kontext_jax.data.mixing import MixedBatches
 from kontext_jax.flops import mmdit_flops
@@ -27,13 +26,6 @@ from kontext_jax.train_config import EvalConfig, TrainConfig
 from kontext_jax.train_loop import dry_run
 from kontext_jax.training_bundle import training_bundle
 from kontext_jax.training_checkpoints import CheckpointConfig
-
-ROOT = Path(__file__).parents[1]
-
-
-def read_config(name: str) -> TrainConfig:
-    return train_config.parse(load_config(str(ROOT / "configs" / f"{name}.py")))
-
 
 TINY = read_config("tiny_guidance_distill")
 
@@ -126,7 +118,7 @@ def test_weights_of_another_size_are_refused_but_for_guidance():
 
 
 def test_the_full_size_is_planned_with_a_teacher_that_takes_no_guidance():
-    config = train_config.parse(load_config(str(ROOT / "configs" / "guidance_distill.py")))
+    config = read_config("guidance_distill")
     ready = programs.without_weights(config, "cpu")
     assert ready.weights and not ready.teacher
     assert programs.default_inputs(config) == ((1024, 1024), 1)
@@ -255,6 +247,28 @@ def test_a_policy_starts_as_its_teachers_velocity(weights, passes):
 def test_a_policy_teaches_no_other():
     with pytest.raises(ValueError, match=r"takes other tokens .*out_channels 640, the student 64"):
         policy_task(teacher="tiny-kontext-policy")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "weights", "parameters"),
+    [
+        ("guidance_distill", "kontext-base", 11_901_408_320),
+        ("policy_distill", "kontext-dev", 11_903_178_368),
+    ],
+)
+def test_the_full_size_step_is_traced_as_it_stands(name, weights, parameters):
+    """With pictures that are not square."""
+    config = dataclasses.replace(
+        read_config(name),
+        weights=weights,
+        encoders=weights,
+        batch_size=2,
+        accumulate_steps=1,
+        attention_backend="reference",
+    )
+    state, _ = trace_step(make_task(config, open_untrained), (1024, 768), 1)
+    assert count(state.params) == parameters
 
 
 @pytest.mark.slow

@@ -1,39 +1,22 @@
 """The task of adversarial distillation: what it refuses, its step's shapes, a run that goes on."""
 
 import dataclasses
-import importlib.util
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from config_tasks import abstract_state, count, read_config, trace_step
 from interrupted_runs import run_whole_and_broken
 
-from kontext_jax import train_loop
 from kontext_jax.checkpoint import untrained_bundle
 from kontext_jax.data.config import DataConfig
 from kontext_jax.models.feature_heads import FeatureHeadsConfig
 from kontext_jax.objectives.ladd import LADDConfig
-from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.task_table import make_task
-from kontext_jax.train_config import EvalConfig, TrainConfig, parse
+from kontext_jax.train_config import EvalConfig
 from kontext_jax.training_bundle import training_bundle
 from kontext_jax.training_checkpoints import CheckpointConfig
-
-ROOT = Path(__file__).parents[1]
-
-
-def read_config(name, settings=()) -> TrainConfig:
-    path = ROOT / "configs" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return parse(module.get_config(), settings)
-
-
-def untrained(path):
-    return untrained_bundle(path)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +43,7 @@ def test_heads_and_guidance_must_fit_the_networks():
     )
     far = dataclasses.replace(config, heads=FeatureHeadsConfig(blocks=(1, 6)))
     with pytest.raises(ValueError, match=r"heads.blocks has 6, but .* are 0 to 5"):
-        make_task(far, untrained)
+        make_task(far, untrained_bundle)
     unguided = dataclasses.replace(
         config,
         preset="tiny-kontext",
@@ -68,23 +51,20 @@ def test_heads_and_guidance_must_fit_the_networks():
         eval=dataclasses.replace(config.eval, sample_guidance=2.5),
     )
     with pytest.raises(ValueError, match=r"ladd.guidance is 4, but neither"):
-        make_task(unguided, untrained)
+        make_task(unguided, untrained_bundle)
 
 
-def shapes_of(config, preset):
-    """The task, the shapes of its state, and the numbers of parameters of student and heads."""
-    task = make_task(dataclasses.replace(config, weights=preset, encoders=preset), untrained)
-    state = train_loop.abstract_state(task, make_mesh(MeshConfig(), jax.devices()[:1]))
-    trained = state.params, state.extra.params
-    return task, state, [sum(x.size for x in jax.tree.leaves(t)) for t in trained]
+def task_of(config, preset):
+    return make_task(dataclasses.replace(config, weights=preset, encoders=preset), untrained_bundle)
 
 
 def test_the_teacher_is_frozen_in_the_compute_dtype_and_heads_are_trained():
     config = dataclasses.replace(read_config("tiny_ladd"), dtype="bfloat16")
-    task, state, _ = shapes_of(config, "tiny-kontext")
+    task = task_of(config, "tiny-kontext")
+    heads = abstract_state(task).extra.params
     assert {x.dtype for x in jax.tree.leaves(task.frozen_shapes())} == {jnp.dtype("bfloat16")}
-    assert {x.dtype for x in jax.tree.leaves(state.extra.params)} == {jnp.dtype("float32")}
-    assert state.extra.params.keys() == {f"head_{i}" for i in range(4)}
+    assert {x.dtype for x in jax.tree.leaves(heads)} == {jnp.dtype("float32")}
+    assert heads.keys() == {f"head_{i}" for i in range(4)}
     assert "heads: after blocks 0, 1, 3, 5" in " ".join(task.sources)
 
 
@@ -94,18 +74,9 @@ def test_the_full_size_step_is_traced_as_it_stands():
     config = dataclasses.replace(
         read_config("ladd"), batch_size=2, accumulate_steps=1, attention_backend="reference"
     )
-    task, state, counts = shapes_of(config, "kontext-dev")
-    assert counts == [11_901_408_320, 22_040_584]
-    after, found = jax.eval_shape(
-        task.objective.step,
-        state,
-        task.frozen_shapes(),
-        task.abstract_batch(2, (1024, 768), 1),
-        jax.eval_shape(lambda: jax.random.key(0)),
-    )
-    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    state, found = trace_step(task_of(config, "kontext-dev"), (1024, 768), 1)
+    assert count(state.params) == 11_901_408_320 and count(state.extra.params) == 22_040_584
     assert {"discriminator/real/7", "x0_grad"} <= found.keys()
-    assert all(x.shape == () and x.dtype == jnp.float32 for x in found.values())
 
 
 @pytest.mark.slow
@@ -127,13 +98,13 @@ def test_an_interrupted_run_with_heads_is_the_unbroken_one(tmp_path):
         checkpoint=CheckpointConfig(every_steps=3),
         log=dataclasses.replace(tiny.log, every_steps=1),
     )
-    whole, rows, states = run_whole_and_broken(config, tmp_path, untrained)
+    whole, rows, states = run_whole_and_broken(config, tmp_path, untrained_bundle)
     assert rows[0] == rows[1]
     norms = [row["discriminator/param_norm"] for row in rows[0]]
     assert len(set(norms)) == 4, "the heads learn in every step"
     assert states[0].extra.step == 4
     jax.tree.map(np.testing.assert_array_equal, *states)
 
-    preset = training_bundle(whole, open_weights=untrained).preset
+    preset = training_bundle(whole, open_weights=untrained_bundle).preset
     assert preset.default_sampler == "renoise" and preset.default_num_steps == 4
     assert preset.default_timesteps == (1.0, 0.75, 0.5, 0.25) and not preset.shift_timesteps

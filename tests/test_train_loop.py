@@ -1,15 +1,14 @@
 """The loop, on a task without a network: an interrupted run is the unbroken one."""
 
 import dataclasses
-import importlib.util
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from config_tasks import read_config
 from light_task import LightTask
 
 from kontext_jax import metrics, train_config, train_loop
@@ -18,20 +17,12 @@ from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.task_table import TASKS
 from kontext_jax.training_checkpoints import CheckpointConfig, Checkpoints
 
-ROOT = Path(__file__).parents[1]
 KINDS = ("train", "eval", "eval_ema")
-
-
-def tiny_config() -> train_config.TrainConfig:
-    spec = importlib.util.spec_from_file_location("tiny", ROOT / "configs" / "tiny.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return train_config.parse(module.get_config())
 
 
 def small_config(**changes) -> train_config.TrainConfig:
     """configs/tiny.py with twelve steps of four edits of 32-pixel scenes."""
-    tiny = tiny_config()
+    tiny = read_config("tiny")
     config = dataclasses.replace(
         tiny,
         num_steps=12,
