@@ -30,6 +30,8 @@ TEACHER_STEPS, STUDENT_STEPS, SPOILING_STEPS = 1200, 2500, 400
 GUIDANCE = (1.0, 1.7, 2.0, 2.5, 3.0, 3.3, 4.0, 5.0)
 CLASSES_OF_POOL = jnp.arange(POOL) % toy2d.CLASSES
 
+guided = functools.partial(toy2d.guided_velocity, guidance=3.0)
+
 
 def distillation(optimizer):
     return make_guidance_distillation(
@@ -47,14 +49,6 @@ def start(teacher, key, optimizer):
     return make_train_state(toy2d.with_guidance_input(teacher, key), optimizer, with_ema=True)
 
 
-def guided_velocity(teacher, guidance):
-    def velocity(x_t, t, batch):
-        both = teacher_velocities(toy2d.teach, {"teacher": teacher}, x_t, t, batch)
-        return cfg(*both, x_t, t, guidance)
-
-    return velocity
-
-
 @functools.cache
 def keys():
     return jax.random.split(jax.random.key(0), SEEDS)
@@ -66,7 +60,7 @@ def teachers():
 
     def make(teacher, key):
         times = flow.timestep_schedule(24, None)
-        return toy2d.sample(guided_velocity(teacher, 3.0), key, CLASSES_OF_POOL, times)
+        return toy2d.sample(functools.partial(guided, teacher), key, CLASSES_OF_POOL, times)
 
     params = toy2d.train_teacher(keys(), TEACHER_STEPS)
     points = jax.jit(jax.vmap(make))(params, keys())
@@ -128,7 +122,9 @@ def test_one_pass_a_step_ends_where_two_did(students, teachers):
         def told(x_t, t, batch):
             return toy2d.predict(student, None, x_t, t, batch, jnp.full(t.shape, 3.0))
 
-        both = [toy2d.sample(v, key, classes, times) for v in (told, guided_velocity(teacher, 3.0))]
+        both = [
+            toy2d.sample(v, key, classes, times) for v in (told, functools.partial(guided, teacher))
+        ]
         return jnp.linalg.norm(both[0] - both[1], axis=-1), toy2d.energy_distance(*both)
 
     distance, energy = map(np.asarray, jax.jit(jax.vmap(ends))(students, teachers[0], keys()))

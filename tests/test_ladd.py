@@ -304,7 +304,7 @@ def test_negatives_have_the_text_or_the_references_of_another_example():
 
 @pytest.mark.slow
 def test_negatives_teach_the_heads_alone(fresh, stepped):
-    config = dataclasses.replace(LOSS, negative_weight=0.5)
+    config = dataclasses.replace(LOSS, negative_share=0.5)
     step = step_of(make_objective(config))
     after, metrics = step(fresh.replace(step=jnp.int32(3)), FROZEN, BATCH, KEY)
     without = stepped[1][3][0]
@@ -313,6 +313,19 @@ def test_negatives_teach_the_heads_alone(fresh, stepped):
     jax.tree.map(np.testing.assert_array_equal, after.params, without.params)
     with pytest.raises(ValueError, match="needs the text of another example"):
         step_of(make_objective(config, accumulate_steps=B))(fresh, FROZEN, BATCH, KEY)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_heads_that_cannot_tell_stay_in_the_middle(share):
+    """Real ones weigh as much as fakes of both kinds; else blind heads would say "fake"."""
+    blind = Adversary(
+        logits=lambda params, features, t, batch: [params + 0 * f[..., 0] for f in features],
+        init=lambda key: jnp.zeros(()),
+        optimizer=optax.sgd(1.0),
+    )
+    objective = make_objective(dataclasses.replace(LOSS, negative_share=share), blind)
+    after, _ = step_of(objective)(objective.init(KEY), FROZEN, BATCH, KEY)
+    assert abs(after.extra.params) < 1e-6
 
 
 @pytest.mark.slow
@@ -403,6 +416,7 @@ def test_a_step_without_finite_numbers_changes_neither_network(fresh, stepped):
         ({"renoise_sigma": 0.0}, "must be positive"),
         ({"discriminator_steps": 0}, "must be at least 1"),
         ({"on_policy": 1.5}, r"must be in \[0, 1\]"),
+        ({"negative_share": 1.0}, r"must be in \[0, 1\)"),
     ],
 )
 def test_settings_out_of_range_are_refused(changed, message):

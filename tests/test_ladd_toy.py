@@ -1,7 +1,8 @@
 """Adversarial distillation in a plane: one and four steps against the teacher's own.
 
 The objective is the real one; network and data are those of `toy2d`. Three seeds, each with its own
-teacher, since conclusions from one were reversed by others.
+teacher, since conclusions from one were reversed by others. `pytest -m slow -s` prints the figures
+of docs/distillation.md.
 """
 
 import functools
@@ -16,26 +17,12 @@ import toy2d
 from kontext_jax.models.layers import modulated_norm
 from kontext_jax.objectives.adversarial import Adversary
 from kontext_jax.objectives.ladd import LADDConfig, make_ladd
-from kontext_jax.sampler import guided_velocity_fn, renoise_sample, seed_words
+from kontext_jax.sampler import renoise_sample, seed_words
 
-GUIDANCE = 3.0
 HEAD_WIDTH = 64
-POINTS = 1500
 POOL = 8192
 
-
-def teacher_velocity(params, x_t, t, batch):
-    """With classifier-free guidance, as examples are made."""
-
-    def velocity(batch):
-        return lambda x, t, _: toy2d.predict(params, None, x, t, batch, None)
-
-    none = batch.replace(vec=jnp.zeros_like(batch.vec))
-    return guided_velocity_fn(velocity(batch), velocity(none), GUIDANCE)(x_t, t, None)
-
-
-def student_velocity(params, x_t, t, batch):
-    return toy2d.predict(params, None, x_t, t, batch, None)
+guided = functools.partial(toy2d.guided_velocity, guidance=3.0)
 
 
 def features(frozen, x_t, t, batch):
@@ -89,7 +76,7 @@ def make_examples(teacher, key):
     times = jnp.linspace(1, 0, 65)
 
     def make(teacher, key):
-        velocity = functools.partial(teacher_velocity, teacher)
+        velocity = functools.partial(guided, teacher)
         return toy2d.sample(velocity, key, classes, times), classes
 
     return jax.vmap(make)(teacher, key)
@@ -109,25 +96,13 @@ def renoise(velocity_fn, x, timesteps):
     return renoise_sample(velocity_fn, x, timesteps, words=seed_words(range(len(x))))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4))
-def samples(velocity, params, key, num_steps, sampler=toy2d.euler_sample):
-    """Points of every seed, [S, POINTS, 2]."""
-    classes = jnp.arange(POINTS) % toy2d.CLASSES
-    times = jnp.linspace(1, 0, num_steps + 1)
-
-    def make(params, key):
-        return toy2d.sample(functools.partial(velocity, params), key, classes, times, sampler)
-
-    return jax.vmap(make)(params, key)
-
-
 energies = jax.jit(jax.vmap(toy2d.energy_distance))
 
 
 def mode_shares(points):
     """Of the rarer of a class's modes, in the worst class, for each seed."""
-    classes = jnp.arange(POINTS) % toy2d.CLASSES
-    return np.array([toy2d.min_mode_share(p, classes, neighbours=True) for p in points])
+    share = functools.partial(toy2d.min_mode_share, classes=toy2d.POINT_CLASSES, neighbours=True)
+    return np.array([share(p) for p in points])
 
 
 def more(keys, number):
@@ -141,7 +116,7 @@ def teachers():
     draw = functools.partial(toy2d.real_batch, neighbours=True)
     teacher = toy2d.train_teacher(keys, 2000, draw)
     pool = make_examples(teacher, keys)
-    return keys, teacher, pool, samples(teacher_velocity, teacher, more(keys, 5), 64)
+    return keys, teacher, pool, toy2d.samples(guided, teacher, more(keys, 5), 64)
 
 
 @pytest.mark.slow
@@ -150,15 +125,21 @@ def test_few_steps_of_the_student_beat_those_of_its_teacher(teachers):
     keys, teacher, pool, reference = teachers
     student = distil(teacher, keys, pool, 3000)
 
-    def distance(velocity, params, num_steps, sampler=toy2d.euler_sample):
-        points = samples(velocity, params, more(keys, 6), num_steps, sampler)
-        return np.asarray(energies(points, reference)), mode_shares(points)
-
-    one, _ = distance(student_velocity, student, 1)
-    four, shares = distance(student_velocity, student, 4, renoise)
-    assert (one <= 0.01 * distance(teacher_velocity, teacher, 1)[0]).all(), one
-    assert (four <= 0.5 * distance(teacher_velocity, teacher, 4)[0]).all(), four
-    assert (shares >= 0.6 * mode_shares(reference)).all(), shares
+    ways = {
+        "teacher": (guided, teacher, toy2d.euler_sample),
+        "euler": (toy2d.velocity, student, toy2d.euler_sample),
+        "renoise": (toy2d.velocity, student, renoise),
+    }
+    far, rarer = {}, {}
+    for steps in (1, 2, 4):
+        for name, (velocity, params, sampler) in ways.items():
+            points = toy2d.samples(velocity, params, more(keys, 6), steps, sampler)
+            far[name, steps] = np.asarray(energies(points, reference))
+            rarer[name, steps] = mode_shares(points)
+            print(name, steps, far[name, steps].round(4), rarer[name, steps].round(2))
+    assert (far["euler", 1] <= 0.01 * far["teacher", 1]).all()
+    assert (far["renoise", 4] <= 0.5 * far["teacher", 4]).all()
+    assert (rarer["renoise", 4] >= 0.6 * mode_shares(reference)).all()
 
 
 @pytest.mark.slow
@@ -166,6 +147,6 @@ def test_zeros_for_real_examples_collapse_the_student(teachers):
     """A negative control: the same training, but the discriminator takes zeros for real."""
     keys, teacher, (points, classes), reference = teachers
     student = distil(teacher, keys, (jnp.zeros_like(points), classes), 1000)
-    made = samples(student_velocity, student, more(keys, 6), 4, renoise)
+    made = toy2d.samples(toy2d.velocity, student, more(keys, 6), 4, renoise)
     assert jnp.std(reference, axis=(1, 2)).min() > 1
     assert jnp.std(made, axis=(1, 2)).max() < 0.2

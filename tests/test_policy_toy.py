@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import toy2d
 
-from kontext_jax.guidance import cfg
-from kontext_jax.objectives.guidance_distillation import teacher_velocities
 from kontext_jax.objectives.policy_distillation import (
     PolicyDistillationConfig,
     make_policy_distillation,
@@ -23,17 +21,8 @@ from kontext_jax.train_state import make_train_state
 
 GUIDANCE = 3.0
 VELOCITIES = 8
-POINTS = 1500
-CLASSES = jnp.arange(POINTS) % toy2d.CLASSES
 
-
-def guided(teacher, x_t, t, batch):
-    both = teacher_velocities(toy2d.teach, {"teacher": teacher}, x_t, t, batch)
-    return cfg(*both, x_t, t, GUIDANCE)
-
-
-def student(params, x_t, t, batch):
-    return toy2d.predict(params, None, x_t, t, batch, None)
+guided = functools.partial(toy2d.guided_velocity, guidance=GUIDANCE)
 
 
 def with_velocities(params):
@@ -62,17 +51,6 @@ def distil(teacher, key, num_steps):
     return toy2d.train(objective, state, {"teacher": teacher}, key, num_steps, draw)[0].ema_params
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4))
-def samples(velocity, params, key, num_steps, sampler=toy2d.euler_sample):
-    """Points of every seed, [S, POINTS, 2]."""
-    times = jnp.linspace(1, 0, num_steps + 1)
-
-    def make(params, key):
-        return toy2d.sample(functools.partial(velocity, params), key, CLASSES, times, sampler)
-
-    return jax.vmap(make)(params, key)
-
-
 @pytest.mark.slow
 def test_few_steps_along_policies_end_where_the_teacher_does():
     """Four steps: a tenth of the energy distance of the teacher's four, and both modes."""
@@ -80,13 +58,13 @@ def test_few_steps_along_policies_end_where_the_teacher_does():
     draw = functools.partial(toy2d.real_batch, neighbours=True)
     teacher = toy2d.train_teacher(keys, 2000, draw)
     policies = distil(teacher, keys, 3000)
-    reference = samples(guided, teacher, keys, 128)
-    other = samples(guided, teacher, jax.vmap(jax.random.fold_in, (0, None))(keys, 1), 128)
+    reference = toy2d.samples(guided, teacher, keys, 128)
+    other = toy2d.samples(guided, teacher, jax.vmap(jax.random.fold_in, (0, None))(keys, 1), 128)
     energy = jax.jit(jax.vmap(toy2d.energy_distance))
-    shares = functools.partial(toy2d.min_mode_share, classes=CLASSES, neighbours=True)
+    shares = functools.partial(toy2d.min_mode_share, classes=toy2d.POINT_CLASSES, neighbours=True)
     print("many steps", energy(reference, other), [shares(p) for p in reference])
-    theirs = samples(guided, teacher, keys, 4)
-    ours = samples(student, policies, keys, 4, policy_sample)
+    theirs = toy2d.samples(guided, teacher, keys, 4)
+    ours = toy2d.samples(toy2d.velocity, policies, keys, 4, policy_sample)
     apart = [np.sqrt(np.mean((p - reference) ** 2, (1, 2))) for p in (theirs, ours)]
     far = [np.asarray(energy(p, other)) for p in (theirs, ours)]
     rarer = np.array([[shares(p) for p in points] for points in (reference, ours)])

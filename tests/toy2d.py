@@ -15,15 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from kontext_jax.guidance import cfg
 from kontext_jax.models.layers import timestep_embedding
 from kontext_jax.objectives.base import TokenBatch
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig, make_flow_matching
+from kontext_jax.objectives.guidance_distillation import teacher_velocities
 from kontext_jax.sampler import euler_sample
 
 CLASSES, MODES = 4, 8
 RADIUS, SPREAD = 2.0, 0.15
 WIDTH, DEPTH, EMBED = 64, 3, 32
 BATCH = 256
+POINTS = 1500  # of a set that is compared
+POINT_CLASSES = np.arange(POINTS) % CLASSES
 
 
 def mode_centres(neighbours: bool = False) -> np.ndarray:
@@ -147,6 +151,17 @@ def teach(frozen, x_t, t, batch: TokenBatch) -> jax.Array:
     return predict(frozen["teacher"], None, x_t, t, batch, None)
 
 
+def velocity(params, x_t, t, batch: TokenBatch) -> jax.Array:
+    """Of an MLP that is told no guidance."""
+    return predict(params, None, x_t, t, batch, None)
+
+
+def guided_velocity(teacher, x_t, t, batch: TokenBatch, guidance: float) -> jax.Array:
+    """With classifier-free guidance, by two passes of an MLP that is told none."""
+    both = teacher_velocities(teach, {"teacher": teacher}, x_t, t, batch)
+    return cfg(*both, x_t, t, guidance)
+
+
 def optimizer_for(num_steps: int, rate: float = 3e-3) -> optax.GradientTransformation:
     return optax.adam(optax.cosine_decay_schedule(rate, num_steps))
 
@@ -191,6 +206,21 @@ def sample(velocity, key: jax.Array, classes: jax.Array, timesteps, sampler=eule
     noise = jax.random.normal(key, (len(classes), 1, 2))
     made = sampler(lambda x, t, _: velocity(x, t, batch), noise, jnp.asarray(timesteps))
     return made[:, 0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def samples(velocity, params, key, num_steps: int, sampler=euler_sample):
+    """Points of every seed, of all classes in turn, by even steps: [S, POINTS, 2].
+
+    Args:
+      velocity: (the seed's part of `params`, x_t, t, batch) → velocities.
+    """
+    times = jnp.linspace(1, 0, num_steps + 1)
+
+    def make(params, key):
+        return sample(functools.partial(velocity, params), key, POINT_CLASSES, times, sampler)
+
+    return jax.vmap(make)(params, key)
 
 
 def energy_distance(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -73,8 +73,10 @@ class LADDConfig:
       renoise_sigma: standard deviation of that logit.
       renoise_range: (low, high) to which s is clipped.
       r1_weight: of the gradient penalty on real examples.
-      negative_weight: of real examples beside the text, or the references, of another example of
-        the (micro-)batch: further fakes, which keep results faithful to both; 0: none.
+      negative_share: of the fakes, by weight, that are real examples beside the text, or the
+        references, of another example of the (micro-)batch, which keeps results faithful to both.
+        Added to the others' weight, they would make "all is fake" the best guess of heads that
+        cannot tell yet, where the hinge teaches them nothing more about fakes.
       on_policy: probability that x_t is where the student's own Euler steps from noise get, not a
         mixture of x0 and noise. Untried at size; 0: never.
       discriminator_steps: updates of the heads for each of the student; each draws its own noise.
@@ -89,7 +91,7 @@ class LADDConfig:
     renoise_sigma: float = 1.0
     renoise_range: tuple[float, float] = (0.02, 0.98)
     r1_weight: float = 1e-5
-    negative_weight: float = 0.0
+    negative_share: float = 0.0
     on_policy: float = 0.0
     discriminator_steps: int = 1
     guidance: float = 2.5
@@ -112,8 +114,7 @@ class LADDConfig:
                 f"ladd.renoise_range is {low_high}; give (low, high) with 0 < low < high < 1"
             )
         for name, least in (
-            ("warmup_steps", 0), ("r1_weight", 0), ("negative_weight", 0),
-            ("discriminator_steps", 1),
+            ("warmup_steps", 0), ("r1_weight", 0), ("discriminator_steps", 1),
         ):  # fmt: skip
             if not getattr(self, name) >= least:
                 raise ValueError(
@@ -121,6 +122,8 @@ class LADDConfig:
                 )
         if not self.renoise_sigma > 0:
             raise ValueError(f"ladd.renoise_sigma is {self.renoise_sigma}; it must be positive")
+        if not 0 <= self.negative_share < 1:
+            raise ValueError(f"ladd.negative_share is {self.negative_share}; it must be in [0, 1)")
         if not 0 <= self.on_policy <= 1:
             raise ValueError(f"ladd.on_policy is {self.on_policy}; it must be in [0, 1]")
 
@@ -248,10 +251,10 @@ def make_ladd(
         x0 = batch.x0.astype(jnp.float32)
         see, real_s = look(frozen, x0, batch, key, "real", sample_index)
         real = see(x0)
-        if config.negative_weight:
+        if config.negative_share:
             if num_samples(batch) < 2:
                 raise ValueError(
-                    "ladd.negative_weight needs the text of another example, but a micro-batch has "
+                    "ladd.negative_share needs the text of another example, but a micro-batch has "
                     "one; raise batch_size or lower accumulate_steps"
                 )
             keys = sample_keys(key, "negative", sample_index)
@@ -265,15 +268,15 @@ def make_ladd(
             of_fake = heads.logits(params, fake, fake_s, batch)
             loss = hinge_loss(of_real, of_fake)
             metrics = _judgement(of_real, of_fake, real_s, fake_s) | {"discriminator/loss": loss}
+            if config.negative_share:
+                of_other = heads.logits(params, negative, negative_s, other)
+                negative_loss = hinge_loss((), of_other)
+                metrics["discriminator/negative_loss"] = negative_loss
+                loss += config.negative_share * (negative_loss - hinge_loss((), of_fake))
             if config.r1_weight:
                 penalty = gradient_penalty(lambda f: heads.logits(params, f, real_s, batch), real)
                 metrics["discriminator/r1"] = penalty
                 loss += config.r1_weight * penalty
-            if config.negative_weight:
-                of_other = heads.logits(params, negative, negative_s, other)
-                further = hinge_loss((), of_other)
-                metrics["discriminator/negative_loss"] = further
-                loss += config.negative_weight * further
             return loss, metrics
 
         return loss_fn
