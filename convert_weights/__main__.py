@@ -1,4 +1,4 @@
-"""Command line: to-jax, to-torch, lora, check, inspect."""
+"""Command line: to-jax, to-torch, lora, mix, check, inspect."""
 
 import argparse
 import re
@@ -16,6 +16,7 @@ from convert_weights.compare import compare, describe
 from convert_weights.layouts import TITLES
 from convert_weights.lora_export import LAYOUTS as LORA_LAYOUTS
 from convert_weights.lora_export import convert_lora
+from convert_weights.mix import mix
 from convert_weights.runs import run_to_jax, run_to_torch
 from convert_weights.to_jax import Summary, to_jax
 from convert_weights.to_torch import LAYOUTS, to_torch
@@ -151,6 +152,21 @@ def make_parser() -> argparse.ArgumentParser:
         f"({', '.join(PRESETS)}) or its weights",
     )
 
+    mixed = commands.add_parser(
+        "mix",
+        help="a point between two models of one size",
+        description="Writes our weight directory with the transformer (1 − share)·A + share·B; all "
+        "else, and how it is sampled, is B's. Both transformers are in memory.",
+        epilog="example:\n"
+        "  python -m convert_weights mix runs/teacher runs/student --share 0.75 --out weights/fast",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    mixed.add_argument("a", metavar="A", help="a run's folder, our directory or published weights")
+    mixed.add_argument("b", metavar="B", help="another")
+    mixed.add_argument("--share", type=float, required=True, help="of B, between 0 and 1")
+    mixed.add_argument("--out", required=True, type=Path, help="directory to make")
+    mixed.add_argument("--dtype", choices=DTYPES, help="store as this (default: as in B)")
+
     check = commands.add_parser(
         "check",
         help="are these the same weights?",
@@ -234,6 +250,21 @@ def _lora(args: argparse.Namespace) -> None:
     print(f"{args.out}: {args.layout} layout, {num_values:,} values; from {adapter.summary()}")
 
 
+def _convert(args: argparse.Namespace, start) -> Summary:
+    """Whatever writes a whole folder of weights."""
+    dtype = as_dtype(args.dtype)
+    if args.command == "mix":
+        return mix(args.a, args.b, args.share, args.out, dtype, start)
+    runs = args.sources if args.command == "to-jax" else [str(args.directory)]
+    if any(is_run(path) for path in runs):
+        return _convert_run(args, runs, dtype, start)
+    if args.which is not None or args.step is not None:
+        raise ValueError(f"--which and --step are for training runs; {runs[0]} is none")
+    if args.command == "to-jax":
+        return to_jax(args.sources, args.out, dtype, args.preset, args.axes_dim, start)
+    return to_torch(args.directory, args.out, args.layout, dtype, args.max_shard_size, start)
+
+
 def _convert_run(args: argparse.Namespace, runs: list[str], dtype, start) -> Summary:
     if len(runs) != 1:
         raise ValueError("a training run is converted alone; name nothing beside it")
@@ -257,19 +288,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "lora":
             _lora(args)
             return 0
-        dtype = as_dtype(args.dtype)
         with _progress(console, args.command) as start:
-            runs = args.sources if args.command == "to-jax" else [str(args.directory)]
-            if any(is_run(path) for path in runs):
-                summary = _convert_run(args, runs, dtype, start)
-            elif args.which is not None or args.step is not None:
-                raise ValueError(f"--which and --step are for training runs; {runs[0]} is none")
-            elif args.command == "to-jax":
-                summary = to_jax(args.sources, args.out, dtype, args.preset, args.axes_dim, start)
-            else:
-                summary = to_torch(
-                    args.directory, args.out, args.layout, dtype, args.max_shard_size, start
-                )
+            summary = _convert(args, start)
         print(_summary(summary, args.out, time.perf_counter() - begin))
         return 0
     except (ValueError, OSError) as error:

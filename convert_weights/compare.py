@@ -15,7 +15,7 @@ from convert_weights.sources import naming_hints, resolve
 from convert_weights.to_jax import Advance, gather
 from kontext_jax import checkpoint
 from kontext_jax.checkpoint import KINDS
-from kontext_jax.models.presets import PRESETS
+from kontext_jax.models.presets import PRESETS, Config
 from kontext_jax.tensor_files import dtype_name
 
 
@@ -25,6 +25,16 @@ def open_any(path: str, axes_dim: tuple[int, ...] | None = None) -> dict[str, An
         kinds = checkpoint.read_manifest(path)["components"]
         return {kind: OwnComponent(Path(path), kind) for kind in kinds}
     return dict(gather([path], axes_dim).components)
+
+
+def config_differences(a: Config, b: Config) -> list[str]:
+    """Sizes in which two networks of one kind differ, a line each."""
+    fields = dataclasses.asdict(b)
+    return [
+        f"{name} {value!r} and {fields[name]!r}"
+        for name, value in dataclasses.asdict(a).items()
+        if value != fields[name]
+    ]
 
 
 def compare(
@@ -69,12 +79,8 @@ def _compare(
         a, b = side_a[kind], side_b[kind]
         shapes_a, shapes_b = ({p: i.shape for p, i in c.leaves.items()} for c in (a, b))
         differences += [f"{kind}: {line}" for line in difference_lines(shapes_a, shapes_b)]
-        fields = dataclasses.asdict(b.config)
-        differences += [
-            f"{kind}: config {name} {value!r} and {fields[name]!r}"
-            for name, value in dataclasses.asdict(a.config).items()
-            if value != fields[name]
-        ]
+        lines = config_differences(a.config, b.config)
+        differences += [f"{kind}: config {line}" for line in lines]
         recast: Counter[str] = Counter()
         for path, layer in iterate_slices(a):
             if shapes_b.get(path) != shapes_a[path]:

@@ -32,7 +32,7 @@ def notice_text(source: str, what: str, licence: str | None) -> str:
     lines = [
         f"Source: {source}",
         f"Modification: {what}",
-        "The values are those of the source unless a change of dtype is stated above.",
+        "The values are those of the source unless the line above says otherwise.",
         "",
     ]
     if licence is None:
