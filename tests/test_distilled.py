@@ -1,5 +1,6 @@
 """Rows of differently sampled models side by side: what they are, and measures of known results."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -142,6 +143,42 @@ def test_the_report_tells_copies_of_the_teacher_from_what_has_lost_diversity(tmp
     sheet = distilled.sheet(made["held_out"], EASY, 3)
     assert sheet.shape == (18 + 3 * (128 + 24), 6 * 134, 3)
     assert (sheet == (0, 160, 0)).all(-1).any() and not (sheet == (210, 0, 0)).all(-1).any()
+
+
+def test_pictures_that_are_kept_are_not_drawn_again(tmp_path):
+    """Nor mixed up with those of other prompts, sources, seeds or rows."""
+
+    class Counted(Known):
+        calls = 0
+
+        def make(self, *args):
+            self.calls += 1
+            return super().make(*args)
+
+    row = OpenRow("a", Counted(6), 1.0, None, "")
+    row.model.sampler = row.model.timesteps = None
+    prompts, size = ["x"] * COUNT, (64, 64)
+    black, white = ([np.full((64, 64, 3), level, np.uint8)] * COUNT for level in (0, 255))
+
+    def draw(row=row, prompts=prompts, sources=black, seeds=(0, 1)):
+        return distilled.draw_row(row, prompts, sources, size, seeds, tmp_path)
+
+    first, again = draw(), draw()
+    np.testing.assert_array_equal(first[0], again[0])
+    assert first[1] == again[1] and row.model.calls == 2
+    others = [
+        {"prompts": ["y"] * COUNT},
+        {"sources": white},
+        {"sources": None},
+        {"seeds": (2,)},
+        {"row": dataclasses.replace(row, cfg=2.0)},
+        {"row": dataclasses.replace(row, identity="trained further")},
+    ]
+    for i, other in enumerate(others):
+        before = row.model.calls
+        draw(**other)
+        assert row.model.calls > before, i
+    assert len(list(tmp_path.glob("*.npz"))) == row.model.calls
 
 
 def test_what_cannot_be_compared_is_refused():

@@ -122,7 +122,13 @@ def test_the_report_is_written_whole(chains, tmp_path):
         lines = list(csv.DictReader(file))
     assert len(lines) == TURNS * len(report)
     assert {line["identity_percent"] for line in lines if line["row"] == "perfect"} == {"100.0"}
-    assert "| perfect | 100.0 | 100.0 | 100.0 | 100.0 | 100.0 | – |" in multi_turn.table(report)
+    table = multi_turn.table(report)
+    assert "| perfect | 100.0 | 100.0 | 100.0 | 100.0 | 100.0 | – |" in table
+    # Told to keep the picture, it does not do what the chain asks, and none counts its scenes.
+    assert table.count("| perfect |") == 3 and table.count("| perfect, told to keep |") == 2
+    assert multi_turn.edited(report).keys() == report.keys() - {
+        name for name in report if "told to keep" in name
+    }
     with pytest.raises(ValueError, match="1 chains"):
         multi_turn.evaluate(rows, EASY, 1)
 

@@ -99,7 +99,12 @@ def test_one_command_edits_the_picture_that_ships(tmp_path):
     assert any((tmp_path / "cache").iterdir())
     asked = images.read_metadata(tmp_path / "outputs" / "edit-001.png")["request"]
     assert (asked["true_cfg_scale"], asked["negative_prompt"]) == (2.5, "")  # the model's own
-    made = images.load_picture(tmp_path / "outputs" / "edit-001.png").pixels
+    check_framed(tmp_path / "outputs" / "edit-001.png")
+
+
+def check_framed(path: Path) -> None:
+    """A red frame is around the cat, and the cat is still there."""
+    made = images.load_picture(path).pixels
     border = np.ones(made.shape[:2], bool)
     border[3:-3, 3:-3] = False
     red, green, blue = made[border].mean(axis=0)
@@ -108,6 +113,22 @@ def test_one_command_edits_the_picture_that_ships(tmp_path):
     inside = (slice(12, -12), slice(12, -12))
     alike = np.corrcoef(made[inside].ravel(), before[inside].ravel())[0, 1]
     assert alike > 0.8, "what it does not touch stays"
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ((), "4 renoise steps at 1, 0.75, 0.5, 0.25, guidance 2.5"),
+        (("--steps", "1"), "1 renoise step, guidance 2.5"),
+    ],
+)
+def test_the_fast_model_edits_in_as_many_passes_as_steps(cli, tmp_path, steps, said):
+    frame = "put a red frame around the picture"
+    status, out, err = cli(
+        "--model", "tiny-fast", *steps, "--image", "example:cat", "--prompt", frame, "-o", "a.png"
+    )
+    assert (status, err) == (0, "") and f"sampling: {said}" in out.splitlines()
+    check_framed(tmp_path / "a.png")
 
 
 def test_an_untrained_model_is_said_to_be_one(cli):

@@ -3,9 +3,11 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,18 +157,20 @@ def test_cheaper_steps_get_more_of_them():
 # What ships
 
 
-def test_the_model_that_ships_fits_and_says_what_it_is():
-    files = [file for file in checkpoint.SHIPPED.rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) <= 32 * 2**20
-    bundle = checkpoint.shipped_bundle()
-    assert bundle.preset.default_true_cfg_scale > 1
-    card = (checkpoint.SHIPPED / "README.md").read_text("utf-8")
+@pytest.mark.parametrize(("name", "largest_mib"), [("tiny", 32), ("tiny-fast", 16)])
+def test_models_that_ship_fit_and_say_what_they_are(name, largest_mib):
+    folder = checkpoint.PACKAGED[name]
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= largest_mib * 2**20
+    preset = checkpoint.shipped_bundle(name).preset
+    assert (preset.default_true_cfg_scale > 1) == (name == "tiny")
+    assert preset.default_num_steps == {"tiny": 20, "tiny-fast": 4}[name]
+    card = (folder / "README.md").read_text("utf-8")
     for part in ("Licence", "Recipe", "Figures", "Limits", "What it was trained on"):
         assert part in card
-    manifest = json.loads((checkpoint.SHIPPED / checkpoint.MANIFEST).read_text())
-    assert manifest["license"] == "Apache-2.0" and "/" not in manifest["source"].replace(
-        "docs/tiny.md", ""
-    )
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    assert manifest["license"] == "Apache-2.0"
+    assert "/" not in re.sub(r"docs/\w+\.md", "", manifest["source"])
 
 
 def test_a_default_that_does_not_exist_is_refused(tmp_path):
@@ -273,7 +277,7 @@ def fast_row(success: float, **changes) -> dict:
 @pytest.fixture
 def fast_content(fast_report, tmp_path):
     """Figures of models that meet all criteria but for one step's success."""
-    for name in ("final", "guidance", "ladd"):
+    for name in ("final", "guidance", "ladd", "fast"):
         (tmp_path / name).mkdir()
     rows = fast_report.table_rows(tmp_path, 20, 2.5)
     found = {row.name: fast_row(60) for row in rows.values()}
@@ -290,7 +294,7 @@ def fast_content(fast_report, tmp_path):
         "rows": {row.name: {"weights": identity} for row in rows.values()},
     }
     names = {key: row.name for key, row in rows.items()}
-    content = {"settings": {"num": 500, "seeds": 3, "chains": 200}, "report": report}
+    content = {"settings": {"num": 500, "seeds": 3}, "report": report}
     return content | {"criteria": fast_report.criteria(report, names, 20)}
 
 
@@ -299,24 +303,32 @@ def test_the_rows_of_the_table_are_those_of_the_models_that_are_there(fast_repor
     rows = fast_report.table_rows(tmp_path, 20, 2.5)
     assert {key.partition(" ")[0] for key in rows} == {"teacher", "plain", "renoise", "euler"}
     assert rows["renoise 1"].sampler == "renoise" and "euler 1" not in rows
+    (tmp_path / "fast").mkdir()
+    rows = fast_report.table_rows(tmp_path, 20, 2.5)
+    assert rows["mixed 2"].weights == str(tmp_path / "fast") and rows["mixed 2"].steps == 2
     assert [row.name for row in fast_report.turn_rows(rows, 20)] == [
         "CFG 2.5, 20 steps",
         "LADD, 4 renoise steps",
+        "LADD, mixed, 4 renoise steps",
     ]
 
 
 def test_criteria_are_judged_by_what_was_measured(fast_content, fast_report):
     lines = {line[0]: line[1:] for line in fast_content["criteria"]}
     assert lines["held out: success of LADD in 4 steps, %"] == ["60.00", "40.00", "yes"]
+    assert lines["held out: success of LADD, mixed, in 4 steps, %"] == ["60.00", "40.00", "yes"]
     assert lines["held out: success of LADD in 1 step, %"] == ["49.00", "50.00", "no"]
     assert lines["held out: PSNR of distilled guidance to CFG, dB"] == ["30.00", "25.00", "yes"]
-    assert [line[2] for line in lines.values()].count("no") == 1 and len(lines) == 6
+    assert [line[2] for line in lines.values()].count("no") == 1 and len(lines) == 7
     rate, psnr = edits.rate([0.5] * 20), {"mean": 30.0, "half_width": 1.0}
     turn = {"turn": 1, "identity": rate, "success": rate, "psnr": psnr}
-    text = fast_report.results(fast_content, {"report": {"LADD": [turn]}})
+    text = fast_report.results(fast_content, {"chains": 200, "report": {"LADD": [turn]}})
     mark = tool("tiny_report").MARK.format("fast_report.py")
     assert mark in (ROOT / "docs/distillation.md").read_text("utf-8")
     assert "**CFG 2.5, 20 steps**" in text and "multi_turn.png" in text and "| no |" in text
+    assert "200 chains of edits" in text
+    alone = fast_report.results(fast_content, None)
+    assert text.startswith(alone[:-1]) and "chains" not in alone
 
 
 def test_a_distilled_model_is_packed_as_it_is_sampled(fast_content, tmp_path, monkeypatch, capsys):
@@ -326,24 +338,32 @@ def test_a_distilled_model_is_packed_as_it_is_sampled(fast_content, tmp_path, mo
     bundle = checkpoint.shipped_bundle()
     arguments = ["--weights", "w", "--figures", str(figures), "--out", str(out)]
     monkeypatch.setattr(pack, "open_weights", lambda path: bundle)
+    shipped = bundle.preset
+    bundle.preset = dataclasses.replace(shipped, default_num_steps=None)
     with pytest.raises(SystemExit, match="does not say how it is sampled"):
         pack.main(arguments)
     how = {
         "default_num_steps": 4,
         "default_sampler": "renoise",
         "default_timesteps": (1.0, 0.75, 0.5, 0.25),
-        "default_guidance": 2.5,
         "default_true_cfg_scale": 1.0,
     }
-    bundle.preset = dataclasses.replace(bundle.preset, **how)
+    bundle.preset = dataclasses.replace(shipped, **how)
     pack.main(arguments)
     assert "MiB" in capsys.readouterr().out
     monkeypatch.setitem(checkpoint.PACKAGED, "tiny-fast", out)
     packed = checkpoint.shipped_bundle("tiny-fast")
     assert packed.preset == bundle.preset
     card = (out / "README.md").read_text("utf-8")
-    assert "4 steps of the sampler “renoise” at 1, 0.75, 0.5, 0.25, guidance 2.5" in card
+    assert "at 1, 0.75, 0.5, 0.25, guidance being what it learnt; these" in card
     assert "| LADD, 1 renoise steps | 4 | 49.0 [" in card
+    takes = dataclasses.replace(shipped.mmdit, guidance_embed=True)
+    guided = dataclasses.replace(bundle.preset, mmdit=takes, default_guidance=2.5)
+    other = SimpleNamespace(preset=guided, identity="other")
+    told = pack.fast_card(other, "a test", {"mmdit": 1}, fast_content)
+    assert "at 1, 0.75, 0.5, 0.25, guidance 2.5 as an input; these" in told
+    # Only the teacher's row is left of models that it is not.
+    assert "**CFG 2.5, 20 steps**" in told and "| copy |" in told and "LADD" not in told
     monkeypatch.setitem(pack.LARGEST_MIB, "distilled", 1)
     with pytest.raises(SystemExit, match="may have 1 MiB"):
         pack.main([*arguments[:-1], str(tmp_path / "other")])

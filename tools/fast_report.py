@@ -1,14 +1,14 @@
 """Measures the distilled tiny models and writes what docs say of them.
 
     python tools/fast_report.py --runs runs/tiny
-    python tools/pack_tiny.py --weights runs/tiny/ladd --figures runs/tiny/report/distilled.json \\
+    python tools/pack_tiny.py --weights runs/tiny/fast --figures runs/tiny/report/distilled.json \\
         --out kontext_jax/assets/models/tiny-fast
 
-Teacher is DIR/final with classifier-free guidance; beside it stand DIR/guidance, DIR/ladd and
-DIR/policy (configs/tiny_guidance_distill.py, tiny_ladd.py, tiny_policy.py), as far as they are
-there, by as many steps as each is made for and fewer. 500 edits of each split by three seeds of
-noise, 200 chains of six edits; what was measured is kept in DIR/report and not measured again for
-the same weights. VGG16 must have been fetched once by
+Teacher is DIR/final with classifier-free guidance; beside it stand DIR/guidance, DIR/ladd,
+DIR/fast and DIR/policy (the stages of tools/tiny_curriculum.py), as far as they are there, by as
+many steps as each is made for and fewer. 500 edits of each split by three seeds of
+noise, 200 chains of six edits; what was drawn and measured is kept in DIR/report and not made again
+for the same weights. VGG16 must have been fetched once by
 `python -m kontext_jax.evaluation.fetch_perceptual`. Into --docs go distillation.md's results and
 the pictures distilled.png, multi_turn.png and fast_demo.png; nothing of them is typed by hand.
 """
@@ -16,7 +16,7 @@ the pictures distilled.png, multi_turn.png and fast_demo.png; nothing of them is
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +39,8 @@ SHEET = 8
 
 def table_rows(runs: Path, steps: int, cfg: float) -> dict[str, Row]:
     """The rows of the table, by what the criteria call them."""
-    final, guided, fast, policy = (
-        str(runs / name) for name in ("final", "guidance", "ladd", "policy")
+    final, guided, ladd, fast, policy = (
+        str(runs / name) for name in ("final", "guidance", "ladd", "fast", "policy")
     )
     rows = {
         "teacher": Row(f"CFG {cfg:g}, {steps} steps", final, steps, "euler", cfg=cfg),
@@ -50,19 +50,22 @@ def table_rows(runs: Path, steps: int, cfg: float) -> dict[str, Row]:
     if Path(guided).exists():
         for n in (steps, *FEW):
             rows[f"guided {n}"] = Row(f"distilled guidance, {n} steps", guided, n, "euler", cfg)
+    if Path(ladd).exists():
+        for n in FEW:
+            rows[f"renoise {n}"] = Row(f"LADD, {n} renoise steps", ladd, n, "renoise")
+        for n in FEW[:-1]:  # one step is the same by both
+            rows[f"euler {n}"] = Row(f"LADD, {n} euler steps", ladd, n, "euler")
     if Path(fast).exists():
         for n in FEW:
-            rows[f"renoise {n}"] = Row(f"LADD, {n} renoise steps", fast, n, "renoise", cfg)
-        for n in FEW[:-1]:  # one step is the same by both
-            rows[f"euler {n}"] = Row(f"LADD, {n} euler steps", fast, n, "euler", cfg)
+            rows[f"mixed {n}"] = Row(f"LADD, mixed, {n} renoise steps", fast, n, "renoise")
     if Path(policy).exists():
-        rows["policy 4"] = Row("policies, 4 steps", policy, 4, "policy", cfg)
+        rows["policy 4"] = Row("policies, 4 steps", policy, 4, "policy")
     return rows
 
 
 def turn_rows(rows: Mapping[str, Row], steps: int) -> list[Row]:
     """Those that are followed over turns."""
-    followed = "teacher", f"guided {steps}", "renoise 4", "policy 4"
+    followed = "teacher", f"guided {steps}", "renoise 4", "mixed 4", "policy 4"
     return [rows[key] for key in followed if key in rows]
 
 
@@ -81,13 +84,14 @@ def criteria(report: Mapping, names: Mapping[str, str], steps: int) -> list[list
                 value = None if value is None else value.get(part)
             return value
 
-        def line(text: str, value: float | None, least: float | None, split=split) -> None:
+        def line(
+            text: str, value: float | None, least: float | None, digits: int = 2, split=split
+        ) -> None:
             if value is None or least is None:
                 return
             met = "yes" if value >= least else "no"
-            lines.append(
-                [f"{split.replace('_', ' ')}: {text}", f"{value:.2f}", f"{least:.2f}", met]
-            )
+            title = f"{split.replace('_', ' ')}: {text}"
+            lines.append([title, f"{value:.{digits}f}", f"{least:.{digits}f}", met])
 
         def success(key: str) -> float | None:
             return figure(key, "success", "percent")
@@ -102,12 +106,14 @@ def criteria(report: Mapping, names: Mapping[str, str], steps: int) -> list[list
         wanted = min(success("guided 4") + 10, 0.95 * success(guided))
         line("success of LADD in 4 steps, %", success(best), wanted)
         line("success of LADD in 1 step, %", success("renoise 1"), 5 * success("guided 1"))
+        line("success of LADD, mixed, in 4 steps, %", success("mixed 4"), wanted)
         line("diversity of LADD’s captions", figure(best, "diversity_text_to_image", "share"), 0.7)
         line("PSNR outside, LADD, dB", figure(best, "psnr", "mean"),
              figure(guided, "psnr", "mean") - 1.5)  # fmt: skip
         if (own := figure(best, "vgg_mmd_to_teacher")) is not None:
-            line("VGG-MMD of 4 teacher steps over LADD’s",
-                 figure("guided 4", "vgg_mmd_to_teacher") / max(own, 1e-9), 1)  # fmt: skip
+            # Unbiased estimates, which are below 0 for half of all equal pairs: no ratio.
+            line("VGG-MMD to CFG of 4 teacher steps, less LADD’s",
+                 figure("guided 4", "vgg_mmd_to_teacher") - own, 0, digits=4)  # fmt: skip
         line("success of policies in 4 steps, %", success("policy 4"), wanted)
     return lines
 
@@ -136,8 +142,8 @@ def demo(rows: Sequence[OpenRow], side: int) -> np.ndarray:
     return rows_sheet([text for _, text in DEMO], columns, {}, zoom=3)
 
 
-def results(content: Mapping, turns: Mapping) -> str:
-    """The part of docs/distillation.md after the mark."""
+def results(content: Mapping, turns: Mapping | None) -> str:
+    """The part of docs/distillation.md after the mark; None: without edits in a row."""
     settings, head = content["settings"], ["", "found", "at least", "met"]
     parts = [
         f"{settings['num']} edits of scenes of each split, half as many captions, "
@@ -149,11 +155,15 @@ def results(content: Mapping, turns: Mapping) -> str:
         "![edits by all rows](distilled.png)",
         "Pictures of the package, and the time of one picture alone on this CPU:",
         "![teacher and few steps](fast_demo.png)",
-        f"### Six edits in a row\n\n{settings['chains']} chains of edits about all but one object; "
-        "see `kontext_jax/evaluation/multi_turn.py`.",
-        multi_turn.table(turns["report"]).strip(),
-        "![what is left after each turn](multi_turn.png)",
     ]
+    if turns is not None:
+        parts += [
+            "### Six edits in a row",
+            f"{turns['chains']} chains of edits about all but one object; see "
+            "`kontext_jax/evaluation/multi_turn.py`.",
+            multi_turn.table(turns["report"]).strip(),
+            "![what is left after each turn](multi_turn.png)",
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -164,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/tiny"), metavar="DIR")
     parser.add_argument("--docs", type=Path, default=Path("docs"), metavar="DIR")
     parser.add_argument("--num", type=int, default=500, help="edits of scenes of each split")
-    parser.add_argument("--chains", type=int, default=200, help="of six edits")
+    parser.add_argument("--chains", type=int, default=200, help="of six edits; 0: none")
     parser.add_argument("--seeds", type=int, default=3, help="of noise")
     parser.add_argument("--steps", type=int, default=20, help="of the teacher")
     parser.add_argument("--cfg", type=float, default=2.5, help="guidance, in either form")
@@ -176,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     world, rows = WORLDS["easy"], table_rows(args.runs, args.steps, args.cfg)
     opened = dict(zip(rows, open_rows(list(rows.values()), open_weights), strict=True))
     names = {key: row.name for key, row in rows.items()}
-    settings = {name: getattr(args, name) for name in ("num", "chains", "seeds", "steps", "cfg")}
+    settings = {name: getattr(args, name) for name in ("num", "seeds", "steps", "cfg")}
     settings["vgg"] = not args.no_vgg
 
     def measure() -> dict:
@@ -186,28 +196,37 @@ def main(argv: Sequence[str] | None = None) -> None:
             names["teacher"],
             *(world, args.num, 0, args.seeds),
             features=vgg,
+            keep=out / "drawn",
             tell=say,
         )
         write_png(out / "distilled.png", distilled.sheet(made["held_out"], world, SHEET), {})
-        return {"report": report, "criteria": criteria(report, names, args.steps)}
-
-    followed = [row.name for row in turn_rows(rows, args.steps)]
-
-    def measure_turns() -> dict:
-        chosen = [row for row in opened.values() if row.name in followed]
-        report, _, _ = multi_turn.evaluate(chosen, world, args.chains, keep=True, tell=say)
-        multi_turn.write_report(out, settings, chosen, report)
         return {"report": report}
 
-    facts = {row.name: row.facts for row in opened.values()}
-    facts = {"settings": settings, "rows": json.loads(json.dumps(facts))}
-    content = measured(out / "distilled.json", facts, measure)
-    turns = measured(out / "turns.json", facts, measure_turns)
-    for name in ("distilled.png", "multi_turn.png"):
-        (args.docs / name).write_bytes((out / name).read_bytes())
-    few = "teacher", "policy 4", "renoise 4", "renoise 2", "renoise 1"
+    chosen = {row.name for row in turn_rows(rows, args.steps)}
+    followed = [row for row in opened.values() if row.name in chosen]
+
+    def measure_turns() -> dict:
+        report, _, _ = multi_turn.evaluate(followed, world, args.chains, keep=True, tell=say)
+        multi_turn.write_report(out, {"chains": args.chains}, followed, report)
+        return {"report": report}
+
+    def facts(rows: Iterable[OpenRow]) -> dict:
+        return {"rows": {row.name: json.loads(json.dumps(row.facts)) for row in rows}}
+
+    content = measured(
+        out / "distilled.json", {"settings": settings} | facts(opened.values()), measure
+    )
+    content["criteria"] = criteria(content["report"], names, args.steps)
+    (args.docs / "distilled.png").write_bytes((out / "distilled.png").read_bytes())
+    few = "teacher", "policy 4", "mixed 4", "mixed 2", "mixed 1"
     shown = [opened[key] for key in few if key in opened]
     write_png(args.docs / "fast_demo.png", demo(shown, world.size_px), {})
+    turns = None
+    if args.chains:
+        turns = measured(
+            out / "turns.json", {"chains": args.chains} | facts(followed), measure_turns
+        )
+        (args.docs / "multi_turn.png").write_bytes((out / "multi_turn.png").read_bytes())
     fill_page(args.docs / "distillation.md", results(content, turns), "fast_report.py")
     say(f"wrote {args.docs / 'distillation.md'}")
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from convert_weights.runs import open_weights
+from convert_weights.to_jax import copy_tokenizer
 from kontext_jax.checkpoint import (
     KINDS,
     ModelBundle,
@@ -177,12 +178,29 @@ def card(
     return "\n".join(lines)
 
 
+def own_report(report: Mapping, identity: str) -> Mapping:
+    """What a comparison found of its teacher, of what needs no model, and of this one."""
+
+    def belongs(name: str) -> bool:
+        row = report["rows"].get(name)
+        return row is None or name == report["teacher"] or row["weights"] == identity
+
+    splits = {
+        split: {name: found for name, found in rows.items() if belongs(name)}
+        for split, rows in report["splits"].items()
+    }
+    return {**report, "splits": splits}
+
+
 def fast_card(bundle: ModelBundle, source: str, counts: Mapping[str, int], content: Mapping) -> str:
     """The model card of a distilled model."""
-    preset, report = bundle.preset, content["report"]
+    preset, report = bundle.preset, own_report(content["report"], bundle.identity)
     side = round((preset.megapixels * 1e6) ** 0.5)
     times = ", ".join(f"{t:g}" for t in preset.default_timesteps or ()) or "an even grid"
     steps = f"{preset.default_num_steps} steps of the sampler “{preset.default_sampler}” at {times}"
+    guidance = "guidance being what it learnt"
+    if preset.mmdit.guidance_embed:
+        guidance = f"guidance {preset.default_guidance:g} as an input"
     return "\n".join(
         [
             "# The tiny Kontext in a few steps",
@@ -195,7 +213,7 @@ def fast_card(bundle: ModelBundle, source: str, counts: Mapping[str, int], conte
             f"  The transformer has {counts['mmdit'] / 1e6:.2f} million parameters; autoencoder",
             "  and text encoders are those of its teacher.",
             f"- **What it takes.** Pictures of about {side}×{side} pixels (others are resized),",
-            f"  {steps}, guidance {preset.default_guidance:g} as an input; these are the defaults.",
+            f"  {steps}, {guidance}; these are the defaults.",
             *["  1, 2 and 4 steps work (`--steps`)."] * (preset.default_sampler == "renoise"),
             "- **What it was trained on, what it understands, whose photographs.** As its teacher.",
             "- **Licence.** Apache-2.0, as the code.",
@@ -203,9 +221,9 @@ def fast_card(bundle: ModelBundle, source: str, counts: Mapping[str, int], conte
             "",
             "## Figures",
             "",
-            f"The row in bold is the teacher; {report['seeds']} seeds of noise each;"
-            " docs/distillation.md",
-            "says what the columns are.",
+            "The row in bold is the teacher, the last ones are this model;"
+            f" {report['seeds']} seeds of noise",
+            "each; docs/distillation.md says what the columns are.",
             "",
             distilled.tables(report).strip(),
             "",
@@ -240,11 +258,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if is_run(args.weights):
         source += f", {open_run(args.weights).step} steps of {what}"
     if is_distilled:
-        if bundle.preset.default_guidance is None or bundle.preset.default_num_steps is None:
+        if bundle.preset.default_num_steps is None:
             raise SystemExit(f"{args.weights} does not say how it is sampled; pack a distilled run")
         defaults = {
             name: value for name in CHECKS if (value := getattr(bundle.preset, name)) is not None
         }
+        if not bundle.preset.mmdit.guidance_embed:
+            defaults.pop("default_guidance", None)
     else:
         defaults = {
             "default_num_steps": content["settings"]["steps"],
@@ -259,10 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             component = bundle.components[kind]
             save_component(folder, kind, component.config, component.load(dtype=DTYPES[kind]))
         for name, files in bundle.tokenizer_dirs.items():
-            target = folder / "tokenizers" / name
-            target.mkdir(parents=True)
-            for file in sorted(files.iterdir()):
-                (target / file.name).write_bytes(file.read_bytes())
+            copy_tokenizer(files, folder / "tokenizers" / name)
         write_manifest(folder, bundle.preset.name, KINDS, source, "Apache-2.0", shift, defaults)
         counts = count_parameters(folder)
         if is_distilled:

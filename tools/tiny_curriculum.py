@@ -3,10 +3,10 @@
 Runs the commands of `--list` one after another: the autoencoder, its polish (for which
 `python -m kontext_jax.evaluation.fetch_perceptual` must have run once), the frozen networks, the
 encoded data, text to image, editing and text to image together, the last steps at a falling rate;
-then guidance distilled into the network, and few steps, each after the teacher's own results were
-made (`--until final` leaves these out). Each goes on where it was interrupted, and a stage that is
-done is not run again, so the same command is given until it says that all is done. Ctrl-C and
-SIGTERM end it as they end the command that is running, which first saves what it has.
+then what that makes itself, by which guidance and few steps are distilled into the network
+(`--until final` leaves these out). Each goes on where it was interrupted, and a stage that is done
+is not run again, so the same command is given until it says that all is done. Ctrl-C and SIGTERM
+end it as they end the command that is running, which first saves what it has.
 
 A stage whose command or whose inputs have changed since it was done is run again where that makes
 it go on (a training run with more steps); where it would mix old and new, it is named and has to be
@@ -67,13 +67,6 @@ def list_stages(runs: Path, part: float = 1.0, joint_steps: int = 3500) -> tuple
         return (
             f"-m kontext_jax.data.encode {' '.join(sources)} {options} --dtype float32 "
             "--batch_size 50 -q"
-        )
-
-    def synthesize(model: str, out: str) -> str:
-        return (
-            f"-m kontext_jax.data.synthesize --model {runs / model} --cache {runs / 'encoded'} "
-            f"--out {runs / out} --guidance 2.5 --limit {count(6000, 64)} --dtype float32 "
-            "--batch_size 48 -q"
         )
 
     pictures = (
@@ -147,13 +140,19 @@ def list_stages(runs: Path, part: float = 1.0, joint_steps: int = 3500) -> tuple
             ),
             ("encoded", "encoded_eval", "joint"),
         ),
-        Stage("guided", synthesize("final", "guided"), ("encoded", "final")),
+        Stage(
+            "guided",
+            f"-m kontext_jax.data.synthesize --model {runs / 'final'} --cache {runs / 'encoded'} "
+            f"--out {runs / 'guided'} --guidance 2.5 --limit {count(6000, 64)} --dtype float32 "
+            "--batch_size 48 -q",
+            ("encoded", "final"),
+        ),
         Stage(
             "guidance",
             train(
                 "tiny_guidance_distill",
                 "guidance",
-                2000,
+                1500,
                 frozen,
                 *cached,
                 f"weights={runs / 'final'}",
@@ -161,26 +160,31 @@ def list_stages(runs: Path, part: float = 1.0, joint_steps: int = 3500) -> tuple
             ),
             ("encoded", "encoded_eval", "final", "guided"),
         ),
-        Stage("made", synthesize("guidance", "made"), ("encoded", "guidance")),
         Stage(
             "ladd",
             train(
                 "tiny_ladd",
                 "ladd",
-                3000,
+                700,
                 frozen,
-                f"data.cache={runs / 'made'}",
+                f"data.cache={runs / 'guided'}",
                 f"eval.cache={runs / 'encoded_eval'}",
                 f"weights={runs / 'guidance'}",
             ),
-            ("encoded_eval", "guidance", "made"),
+            ("encoded_eval", "guidance", "guided"),
+        ),
+        Stage(
+            "fast",
+            f"-m convert_weights mix {runs / 'guidance'} {runs / 'ladd'} --share 0.75 "
+            f"--out {runs / 'fast'}",
+            ("guidance", "ladd"),
         ),
         Stage(
             "policy",
             train(
                 "tiny_policy",
                 "policy",
-                2000,
+                1000,
                 frozen,
                 *cached,
                 f"weights={runs / 'guidance'}",

@@ -19,6 +19,7 @@ bootstrap over prompts).
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import sys
 import time
@@ -86,15 +87,45 @@ def share(spreads: np.ndarray, of: np.ndarray) -> dict[str, float] | None:
 
 
 def draw_row(
-    row: OpenRow, prompts: Sequence[str], sources, size: tuple[int, int], seeds: Sequence[int]
+    row: OpenRow,
+    prompts: Sequence[str],
+    sources: Sequence[np.ndarray] | None,
+    size: tuple[int, int],
+    seeds: Sequence[int],
+    keep: Path | None = None,
 ) -> tuple[list[list[np.ndarray]], float]:
-    """Pictures of every seed, and milliseconds for each of the last one's."""
+    """Pictures of every seed, and milliseconds for each of the last one's.
+
+    Args:
+      keep: folder from which pictures are taken, and put into, seed by seed.
+    """
     tries = []
     for seed in seeds:
-        start = time.monotonic()
-        tries.append(row.model.make(prompts, sources, size, row.cfg, seed))
-        seconds = time.monotonic() - start
+        file = None if keep is None else keep / f"{_digest(row, prompts, sources, size, seed)}.npz"
+        if file is not None and file.exists():
+            with np.load(file, allow_pickle=False) as kept:
+                pictures, seconds = list(kept["pictures"]), float(kept["seconds"])
+        else:
+            start = time.monotonic()
+            pictures = row.model.make(prompts, sources, size, row.cfg, seed)
+            seconds = time.monotonic() - start
+            if file is not None:
+                keep.mkdir(parents=True, exist_ok=True)
+                partial = file.with_suffix(".partial")
+                with partial.open("wb") as out:
+                    np.savez_compressed(out, pictures=np.stack(pictures), seconds=seconds)
+                partial.rename(file)
+        tries.append(pictures)
     return tries, 1000 * seconds / len(prompts)
+
+
+def _digest(row: OpenRow, prompts, sources, size, seed: int) -> str:
+    """Of all that decides a row's pictures, but for the code."""
+    asked = json.dumps([row.facts, list(prompts), list(size), seed])
+    digest = hashlib.sha256(asked.encode())
+    for source in sources or ():
+        digest.update(source.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def evaluate(
@@ -106,6 +137,7 @@ def evaluate(
     num_seeds: int,
     splits: Sequence[str] = edits.SPLITS,
     features: Features | None = None,
+    keep: Path | None = None,
     tell=lambda line: None,
 ) -> tuple[dict, dict[str, Drawn]]:
     """The report, and what was made, by split.
@@ -116,6 +148,7 @@ def evaluate(
       seed: of the examples, and the first of the noise.
       num_seeds: of the noise, two or more.
       features: to measure distances by, of the first seed's pictures; None: leaves them out.
+      keep: see `draw_row`.
 
     Raises:
       ValueError: there is no such row, or there is only one seed.
@@ -143,8 +176,8 @@ def evaluate(
             if features is not None:
                 found[name] |= edits.feature_distances(features, before, results, after)
         for row in ordered:
-            tries, ms = draw_row(row, [e.text for e in examples], before, size, seeds)
-            captions, _ = draw_row(row, [e.text for e in wanted], None, size, seeds)
+            tries, ms = draw_row(row, [e.text for e in examples], before, size, seeds, keep)
+            captions, _ = draw_row(row, [e.text for e in wanted], None, size, seeds, keep)
             if row.name == teacher:
                 taught = tries, captions
                 spreads = spread(tries), spread(captions)

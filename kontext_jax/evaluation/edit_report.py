@@ -1,5 +1,6 @@
 """What the evaluation of edits found, as tables in Markdown and as sheets of pictures."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -82,12 +83,14 @@ def rows_sheet(
         failure.
     """
     height_px, width_px = (zoom * side for side in next(iter(columns.values()))[0].shape[:2])
-    font, caption_px, head_px = ImageFont.load_default(12), 18, 18
+    font, caption_px = ImageFont.load_default(12), 18
     cell, line = width_px + 6, height_px + caption_px + 6
+    heads = ["\n".join(textwrap.wrap(title, cell // 7)) for title in columns]
+    head_px = 18 * max(1 + head.count("\n") for head in heads)
     sheet = Image.new("RGB", (len(columns) * cell, head_px + len(texts) * line), "white")
     draw = ImageDraw.Draw(sheet)
     for j, (title, pictures) in enumerate(columns.items()):
-        draw.text((j * cell + 2, 2), title, fill="black", font=font)
+        draw.text((j * cell + 2, 2), heads[j], fill="black", font=font)
         for i, pixels in enumerate(pictures):
             x, y = j * cell, head_px + i * line + caption_px
             shown = Image.fromarray(np.ascontiguousarray(pixels))
