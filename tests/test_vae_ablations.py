@@ -1,5 +1,6 @@
 """The ablations of the autoencoder: every command is one that runs, and tables of figures."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -23,6 +24,7 @@ def load(path):
 
 
 tool = load(ROOT / "tools" / "vae_ablations.py")
+ARMS = [name for arms in tool.COMPARISONS.values() for name in arms]
 
 
 @pytest.mark.parametrize("plan", [tool.FULL, tool.SMOKE], ids=["full", "smoke"])
@@ -43,6 +45,12 @@ def test_all_runs_are_valid_and_differ_only_in_what_they_compare(plan, tmp_path)
     for same in ("num_steps", "batch_size", "data", "optimizer", "weights", "seed", "ema_decay"):
         assert getattr(lpips, same) == getattr(gan, same) == getattr(configs["pixels-0"], same)
     assert gan.weights == str(tmp_path / "z16")
+    arms = [configs[f"{name}-0"] for name in tool.COMPARISONS["judge"]]
+    assert [arm.autoencoder.adversarial_weight > 0 for arm in arms] == [False, True] * 2
+    assert [arm.autoencoder.perceptual_weight > 0 for arm in arms] == [False] * 2 + [True] * 2
+    assert {arm.autoencoder.perceptual_net for arm in arms[2:]} == {"vgg16"}
+    own = {part: getattr(gan, part) for part in ("autoencoder", "discriminator")}
+    assert len({repr(dataclasses.replace(arm, **own)) for arm in arms}) == 1
 
 
 @pytest.fixture
@@ -51,10 +59,10 @@ def runs(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "figures").mkdir()
     own = rng.normal(size=40)
-    names = ["z4", "z8", "z16", *(f"{x}-{s}" for x in ("pixels", "lpips", "gan") for s in (0, 1))]
+    names = ["z4", "z8", "z16", *(f"{x}-{s}" for x in ARMS for s in (0, 1))]
     for name in names:
         for world in tool.WORLDS:
-            values = {m: list(1 + own - 0.1 * name.startswith("gan")) for m in METRICS}
+            values = {m: list(1 + own - 0.1 * ("gan" in name)) for m in METRICS}
             path = tmp_path / "figures" / f"{name}-{world}.json"
             path.write_text(json.dumps({"by_picture": {"rounded": values}}))
         (tmp_path / name).mkdir()
@@ -67,16 +75,23 @@ def test_tables_are_made_of_saved_figures(runs, tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
         "before\n<!-- rate: begin -->\nold\n<!-- rate: end -->\nbetween\n"
-        "<!-- discriminator: begin -->\n<!-- discriminator: end -->\nafter\n"
+        "<!-- discriminator: begin -->\n<!-- discriminator: end -->\n"
+        "<!-- judge: begin -->\n<!-- judge: end -->\nafter\n"
     )
     assert tool.main(["--runs", str(runs), "--into", str(page)]) == 0
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| 16 | 1.00 |" in text  # 16 channels of 4 bits in 64 pixels
     # Paired by picture, a difference of 0.1 is certain although pictures differ by 1.
-    assert "| PatchGAN on − off [95 %] | | -0.100 [-0.100, -0.100] |" in text
+    change = "| PatchGAN on − off [95 %] | | -0.100 [-0.100, -0.100] |"
+    assert text.count(change) == 3 * len(tool.WORLDS)
     assert tool.main(["--runs", str(runs), "--into", str(page)]) == 0
     assert page.read_text() == text
     page.write_text("no marks")
     with pytest.raises(ValueError, match="expected one <!-- rate: begin -->"):
         tool.main(["--runs", str(runs), "--into", str(page)])
+    page.write_text(text)
+    for lost in (runs / "figures").glob("z[48]-*"):
+        lost.unlink()
+    assert tool.main(["--runs", str(runs), "--into", str(page), "--tables", "judge"]) == 0
+    assert page.read_text() == text

@@ -5,20 +5,24 @@
     python tools/vae_ablations.py                            runs what is not done yet
     python tools/vae_ablations.py --into docs/autoencoder.md writes the tables there
 
-Two comparisons, each at equal steps and data, on the small autoencoder of configs/scenes_vae.py
+Three comparisons, each at equal steps and data, on the small autoencoder of configs/scenes_vae.py
 (64-pixel scenes and crops of photographs):
 
     rate            z = 4, 8 and 16 channels from nothing, by pixels alone
     discriminator   from the run with z = 16: more steps by pixels alone, with LPIPS, and with LPIPS
                     and a PatchGAN, some seeds each (order of data, noise, discriminator)
+    judge           the same for fewer steps with LPIPS by VGG16, which costs twenty times what
+                    AlexNet does, or with none, each with a PatchGAN and without
 
 Every run is measured on held-out scenes and held-out photographs by evaluation.reconstruction. Runs
 go on where they were interrupted; a measurement is made again when its command has changed. The
-tables are made of the saved figures alone.
+tables are made of the saved figures alone; `--tables` chooses among them.
 """
 
 import argparse
 import dataclasses
+import functools
+import itertools
 import json
 import os
 import shlex
@@ -42,7 +46,6 @@ WORLDS = {
     "photographs": "photos:squares-64:held_out:{}",
 }
 TITLES = {"pdist_a": "PDist-A", "pdist_b": "LPIPS-VGG", "ssim": "SSIM", "psnr": "PSNR, dB"}
-BETTER = {"pdist_a": "lower", "pdist_b": "lower", "ssim": "higher", "psnr": "higher"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Plan:
       steps: of the runs from nothing.
       more_steps: of those that go on from one.
       seeds: of each of these.
+      judge_steps: of those that compare what judges in training.
+      judge_seeds: of each of these.
       examples: of either kind that is trained on.
       pictures: of either kind that is measured.
     """
@@ -60,12 +65,46 @@ class Plan:
     steps: int = 3000
     more_steps: int = 1500
     seeds: int = 3
+    judge_steps: int = 500
+    judge_seeds: int = 1
     examples: int = 12_000
     pictures: int = 256
 
 
 FULL = Plan()
-SMOKE = Plan(steps=6, more_steps=6, seeds=1, examples=32, pictures=4)
+SMOKE = Plan(steps=6, more_steps=6, seeds=1, judge_steps=6, examples=32, pictures=4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """What the autoencoder goes on learning by, beside pixels and the KL term.
+
+    Attributes:
+      label: in the table.
+      perceptual_net: of LPIPS; None: without.
+      discriminator: whether there is a PatchGAN.
+    """
+
+    label: str
+    perceptual_net: str | None = None
+    discriminator: bool = False
+
+
+# Name of the table → arms by the names of their runs; the arm with a discriminator stands after
+# the same without.
+COMPARISONS = {
+    "discriminator": {
+        "pixels": Arm("pixels alone"),
+        "lpips": Arm("+ LPIPS", "alexnet"),
+        "gan": Arm("+ LPIPS + PatchGAN", "alexnet", True),
+    },
+    "judge": {
+        "judge_pixels": Arm("pixels alone"),
+        "judge_pixels_gan": Arm("+ PatchGAN", None, True),
+        "judge_vgg16": Arm("+ LPIPS by VGG16", "vgg16"),
+        "judge_vgg16_gan": Arm("+ LPIPS by VGG16 + PatchGAN", "vgg16", True),
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,29 +151,30 @@ def list_runs(runs: Path, plan: Plan) -> list[Run]:
     ]
     # The same optimizer for all that go on; what has no discriminator takes its settings back.
     start = {"weights": str(runs / BASE)}
-    start_step = plan.more_steps // 10
-    losses = {
-        "pixels": {"autoencoder.perceptual_weight": "0"},
-        "lpips": {},
-        "gan": {"autoencoder.adversarial_start_step": str(start_step)},
-    }
     without = {
         "autoencoder.adversarial_weight": "0",
         "autoencoder.adversarial_start_step": "50000",
         "discriminator.width": "64",
         "discriminator.num_layers": "3",
     }
-    for seed in range(plan.seeds):
-        for loss, settings in losses.items():
-            off = {} if loss == "gan" else without
-            own = {"seed": str(seed)} | settings | off
-            found.append(
-                Run(
-                    f"{loss}-{seed}",
-                    "vae_tiny",
-                    common | lengths(plan.more_steps) | start | own,
-                )
+    lengths_of = {
+        "discriminator": (plan.more_steps, plan.seeds),
+        "judge": (plan.judge_steps, plan.judge_seeds),
+    }
+    for comparison, arms in COMPARISONS.items():
+        steps, seeds = lengths_of[comparison]
+        for seed, (name, arm) in itertools.product(range(seeds), arms.items()):
+            own = {"seed": str(seed)}
+            if arm.perceptual_net is None:
+                own["autoencoder.perceptual_weight"] = "0"
+            else:
+                own["autoencoder.perceptual_net"] = arm.perceptual_net
+            own |= (
+                {"autoencoder.adversarial_start_step": str(steps // 10)}
+                if arm.discriminator
+                else without
             )
+            found.append(Run(f"{name}-{seed}", "vae_tiny", common | lengths(steps) | start | own))
     return found
 
 
@@ -231,9 +271,10 @@ def seeds_of(runs: Path, loss: str) -> list[str]:
     return sorted(path.name.removesuffix("-scenes.json") for path in paths)
 
 
-def discriminator_table(runs: Path) -> list[str]:
+def arms_table(runs: Path, comparison: str) -> list[str]:
+    """Arms of a comparison, and what the discriminator changes in each pair of them."""
     lines = []
-    labels = {"pixels": "pixels alone", "lpips": "+ LPIPS", "gan": "+ LPIPS + PatchGAN"}
+    arms = COMPARISONS[comparison]
     for world in WORLDS:
         base = figures(runs, BASE, world)
         lines += [
@@ -244,23 +285,26 @@ def discriminator_table(runs: Path) -> list[str]:
             f"| (the run they begin from) | 1 | "
             f"{' | '.join(number(m, base[m].mean()) for m in METRICS)} |",
         ]
-        by_loss = {}
-        for loss, label in labels.items():
-            runs_of_loss = [figures(runs, name, world) for name in seeds_of(runs, loss)]
-            by_loss[loss] = {m: np.array([f[m] for f in runs_of_loss]) for m in METRICS}
+        off: dict[str, np.ndarray] = {}  # of the arm before
+        for name, arm in arms.items():
+            by_seed = [figures(runs, run, world) for run in seeds_of(runs, name)]
+            own = {m: np.array([f[m] for f in by_seed]) for m in METRICS}
             cells = []
             for metric in METRICS:
-                means = by_loss[loss][metric].mean(axis=1)
+                means = own[metric].mean(axis=1)
                 ends = f" ({number(metric, means.min())} to {number(metric, means.max())})"
                 cells.append(number(metric, means.mean()) + (ends if len(means) > 1 else ""))
-            lines.append(f"| {label} | {len(runs_of_loss)} | {' | '.join(cells)} |")
-        cells = []
-        for metric in METRICS:
-            # Pairs of the same picture; the seeds of a loss are averaged first.
-            change = by_loss["gan"][metric].mean(axis=0) - by_loss["lpips"][metric].mean(axis=0)
-            ends = ", ".join(number(metric, end, sign=True) for end in bootstrap(change))
-            cells.append(f"{number(metric, change.mean(), sign=True)} [{ends}]")
-        lines += [f"| PatchGAN on − off [95 %] | | {' | '.join(cells)} |", ""]
+            lines.append(f"| {arm.label} | {len(by_seed)} | {' | '.join(cells)} |")
+            if arm.discriminator:
+                cells = []
+                for metric in METRICS:
+                    # Pairs of the same picture; the seeds of an arm are averaged first.
+                    change = own[metric].mean(axis=0) - off[metric].mean(axis=0)
+                    ends = ", ".join(number(metric, end, sign=True) for end in bootstrap(change))
+                    cells.append(f"{number(metric, change.mean(), sign=True)} [{ends}]")
+                lines.append(f"| PatchGAN on − off [95 %] | | {' | '.join(cells)} |")
+            off = own
+        lines.append("")
     return lines
 
 
@@ -289,6 +333,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="a few steps of each, to try it out")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     parser.add_argument("--into", type=Path, help="page to write the tables into, run nothing")
+    tables = {"rate": rate_table} | {
+        name: functools.partial(arms_table, comparison=name) for name in COMPARISONS
+    }
+    parser.add_argument("--tables", nargs="+", default=list(tables), choices=list(tables))
     args = parser.parse_args(argv)
     runs, plan = args.runs.resolve(), SMOKE if args.smoke else FULL
     if args.list:
@@ -298,8 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print("python", shlex.join(measurement(run, args.runs, world, plan)[0]))
         return 0
     if args.into:
-        tables = {"rate": rate_table(runs), "discriminator": discriminator_table(runs)}
-        insert(args.into, tables)
+        insert(args.into, {name: tables[name](runs) for name in args.tables})
         return 0
     run_all(runs, plan, args.only)
     return 0
