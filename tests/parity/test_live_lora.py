@@ -25,7 +25,8 @@ pytestmark = pytest.mark.parity
 
 TOKENIZER_DIRS = {kind: ASSETS / "tokenizers" / kind for kind in ("t5", "clip")}
 NUM_TEXT, GRID, REFERENCE = 5, (3, 4), (2, 3)
-ATOL = 2e-5  # a forward pass at small t; the adapters change outputs by about 1
+ATOL = 2e-5  # a forward pass at small t
+SCALE = 0.1  # of the adapters' values; the velocity, of size 1 to 5, changes by about as much
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def draw_adapter(config, targets, rank: int, alpha: float, seed: int):
     shapes = parameter_shapes("mmdit", config)
     tree = init_lora(LoraConfig(rank, alpha, targets), shapes, jax.random.key(seed))
     rng = np.random.default_rng(seed)
-    tree = jax.tree.map(lambda x: rng.normal(0, 0.15, x.shape).astype(np.float32), tree)
+    tree = jax.tree.map(lambda x: rng.normal(0, SCALE, x.shape).astype(np.float32), tree)
     return adapter_from_tree(tree, alpha, f"drawn {seed}")
 
 
