@@ -65,7 +65,7 @@ class Plan:
     steps: int = 3000
     more_steps: int = 1500
     seeds: int = 3
-    judge_steps: int = 500
+    judge_steps: int = 400
     judge_seeds: int = 1
     examples: int = 12_000
     pictures: int = 256
