@@ -154,6 +154,23 @@ def test_cheaper_steps_get_more_of_them():
     assert 130 < ablations.steps_at_equal_compute("channel concat", 100) < 170
 
 
+def test_the_table_of_variants_holds_the_guided_rows():
+    ablations = tool("tiny_ablations")
+
+    def figure(percent):
+        return {"percent": percent, "count": 200}
+
+    def report(guided):
+        row = {"model": {"success": figure(1)}, "model, CFG 2.5": {"success": figure(guided)}}
+        seen = row | {"model, CFG 2.5": {"success": figure(80)}}
+        return {"held_out": row | {"text to image": figure(90)}, "seen": seen}
+
+    text = ablations.table({"base": [report(30), report(50)]}, 800, 100, 250, 2.5)
+    rates = [cell.split()[0] for cell in text.splitlines()[-1].strip("| ").split(" | ")[3:]]
+    assert rates == ["40.0", "80.0", "90.0"]
+    assert "after 800 steps of text to image" in text and "| base | 2 | 100 |" in text
+
+
 # What ships
 
 

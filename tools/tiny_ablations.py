@@ -43,10 +43,12 @@ from kontext_jax.models.mmdit import Conditioning, MMDiT, make_velocity_fn
 from kontext_jax.models.presets import PRESETS, MMDiTConfig
 from kontext_jax.sampler import euler_sample, guided_velocity_fn
 from kontext_jax.stages import Stages
+from kontext_jax.tensor_files import unflatten
 from kontext_jax.tensor_writing import write_json
 from kontext_jax.training_bundle import open_run
 
 BEGIN, END = ("<!-- ablations: written by tools/tiny_ablations.py -->", "<!-- end of ablations -->")
+SAMPLE_STEPS = 20
 CONFIG = Path(__file__).parents[1] / "configs/tiny_kontext.py"
 VARIANTS = {  # name → settings, beside how references are put in
     "base": (),
@@ -199,7 +201,7 @@ def grade_variant(runs: Path, run: Path, variant: str, num: int, cfg: float) -> 
         return content["report"]
     stages = Stages(open_weights(str(runs / "t2i")))
     params = jax.tree.map(jnp.asarray, load_tree(tree))
-    model = VariantModel(stages, 20, variant, params)
+    model = VariantModel(stages, SAMPLE_STEPS, variant, params)
     report, _ = edits.evaluate(model, WORLDS["easy"], num, cfg, 0, tell=print)
     write_json(file, {"facts": facts, "report": report})
     return report
@@ -207,13 +209,15 @@ def grade_variant(runs: Path, run: Path, variant: str, num: int, cfg: float) -> 
 
 def load_tree(tree) -> dict:
     """A trained tree in memory."""
-    from kontext_jax.tensor_files import unflatten
-
     return unflatten({path: np.asarray(leaf) for path, leaf in tree.read(None)})
 
 
-def table(reports: dict[str, list[dict]], steps: int, num: int, cfg: float) -> str:
-    """Held-out and seen success with guidance, and text to image, as means over the runs."""
+def table(reports: dict[str, list[dict]], start: int, steps: int, num: int, cfg: float) -> str:
+    """Held-out and seen success with guidance, and text to image, as means over the runs.
+
+    Args:
+      start: steps of text to image before.
+    """
 
     def mean(figures: Sequence[dict]) -> str:
         flags = np.repeat([f["percent"] / 100 for f in figures], [f["count"] for f in figures])
@@ -223,14 +227,15 @@ def table(reports: dict[str, list[dict]], steps: int, num: int, cfg: float) -> s
     for variant, found in reports.items():
         cells = [variant, str(len(found)), str(steps_at_equal_compute(variant, steps))]
         for split in ("held_out", "seen"):
-            guided = [list(report[split].values())[-2]["success"] for report in found]
+            guided = [report[split][f"model, CFG {cfg:g}"]["success"] for report in found]
             cells.append(mean(guided))
         cells.append(mean([report["held_out"]["text to image"] for report in found]))
         rows.append(cells)
     head = ("", "runs", "steps", "held-out edits %", "seen edits %", "text to image, held out %")
     return (
-        f"{num} edits of scenes of each split, guidance {cfg:g}, after as many operations each as "
-        f"{steps} steps of the base:\n\n{markdown(head, rows)}\n"
+        f"{num} edits of scenes of each split, guidance {cfg:g}, {SAMPLE_STEPS} Euler steps; each "
+        f"began after {start} steps of text to image and took as many operations as {steps} steps "
+        f"of the base. Brackets are 95 % intervals over the edits.\n\n{markdown(head, rows)}\n"
     )
 
 
@@ -264,7 +269,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     before, mark, rest = page.read_text("utf-8").partition(BEGIN)
     if not mark or END not in rest:
         raise SystemExit(f"{page} has no lines {BEGIN} and {END}")
-    text = table(reports, args.steps, args.num, args.cfg)
+    start = open_run(args.runs / "t2i").step
+    text = table(reports, start, args.steps, args.num, args.cfg)
     partial = page.with_suffix(".partial")
     partial.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}", "utf-8")
     partial.rename(page)
