@@ -8,7 +8,8 @@ Reproduces what is known of it: the topology, and "a convolutional autoencoder w
 objective from scratch" after latent diffusion (Kontext, arXiv:2506.15742, section 2), whose loss
 this is: L1 + LPIPS + 1e-6·KL, and from step 50,001 on a PatchGAN of adaptive weight 0.5, at 256²
 (arXiv:2112.10752). Data, length and batch were never published; those here are ours. LPIPS is
-AlexNet's, so that VGG16's is left to measure with; the discriminator normalises by groups
+AlexNet's, so that VGG16's is left to measure with (--config.autoencoder.perceptual_net=vgg16 did
+better on small pictures, docs/autoencoder.md); the discriminator normalises by groups
 (kontext_jax/models/discriminators.py says why). Other rates: --config.autoencoder.z_channels=4.
 
 Hardware: TPU v5p, 32 chips or a multiple; other numbers by --config.batch_size. What a step needs
