@@ -46,6 +46,9 @@ def tool(name: str):
     return module
 
 
+tool("pages")  # which others import by name, as scripts beside it
+
+
 # The curriculum
 
 

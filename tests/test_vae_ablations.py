@@ -23,6 +23,7 @@ def load(path):
     return module
 
 
+load(ROOT / "tools" / "pages.py")  # which it imports by name, as a script beside it
 tool = load(ROOT / "tools" / "vae_ablations.py")
 ARMS = [name for arms in tool.COMPARISONS.values() for name in arms]
 
@@ -87,6 +88,8 @@ def test_tables_are_made_of_saved_figures(runs, tmp_path):
     assert text.count(change) == 3 * len(tool.WORLDS)
     assert tool.main(["--runs", str(runs), "--into", str(page)]) == 0
     assert page.read_text() == text
+    with pytest.raises(SystemExit):
+        tool.main(["--runs", str(runs), "--tables", "judge"])
     page.write_text("no marks")
     with pytest.raises(ValueError, match="expected one <!-- rate: begin -->"):
         tool.main(["--runs", str(runs), "--into", str(page)])

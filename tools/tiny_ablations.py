@@ -26,6 +26,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pages import insert
 
 from convert_weights.runs import open_weights
 from kontext_jax import compiling, latents, task_table, train_config, train_loop
@@ -47,7 +48,6 @@ from kontext_jax.tensor_files import unflatten
 from kontext_jax.tensor_writing import write_json
 from kontext_jax.training_bundle import open_run
 
-BEGIN, END = ("<!-- ablations: written by tools/tiny_ablations.py -->", "<!-- end of ablations -->")
 SAMPLE_STEPS = 20
 CONFIG = Path(__file__).parents[1] / "configs/tiny_kontext.py"
 VARIANTS = {  # name → settings, beside how references are put in
@@ -265,15 +265,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             run = train_variant(args.runs, variant, seed, args.steps)
             report = grade_variant(args.runs, run, variant, args.num, args.cfg)
             reports.setdefault(variant, []).append(report)
-    page = args.docs / "tiny.md"
-    before, mark, rest = page.read_text("utf-8").partition(BEGIN)
-    if not mark or END not in rest:
-        raise SystemExit(f"{page} has no lines {BEGIN} and {END}")
     start = open_run(args.runs / "t2i").step
     text = table(reports, start, args.steps, args.num, args.cfg)
-    partial = page.with_suffix(".partial")
-    partial.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}", "utf-8")
-    partial.rename(page)
+    insert(args.docs / "tiny.md", {"ablations": text.splitlines()})
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from pages import insert
 
 from kontext_jax import metrics
 from kontext_jax.evaluation.reconstruction import bootstrap
@@ -308,24 +309,6 @@ def arms_table(runs: Path, comparison: str) -> list[str]:
     return lines
 
 
-def insert(path: Path, tables: dict[str, list[str]]) -> None:
-    """Puts the tables between their marks in a page.
-
-    Raises:
-      ValueError: the page has no such marks.
-    """
-    text = path.read_text()
-    for name, lines in tables.items():
-        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
-        if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"{path}: expected one {begin.strip()} and one {end}")
-        head, rest = text.split(begin)
-        text = head + begin + "\n".join(lines).rstrip() + "\n" + end + rest.split(end)[1]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/vae_ablations"))
@@ -336,8 +319,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables = {"rate": rate_table} | {
         name: functools.partial(arms_table, comparison=name) for name in COMPARISONS
     }
-    parser.add_argument("--tables", nargs="+", default=list(tables), choices=list(tables))
+    parser.add_argument("--tables", nargs="+", choices=list(tables), help="of those --into writes")
     args = parser.parse_args(argv)
+    if args.tables and not args.into:
+        parser.error("--tables chooses what --into writes; give --into PAGE")
     runs, plan = args.runs.resolve(), SMOKE if args.smoke else FULL
     if args.list:
         for run in list_runs(args.runs, plan):
@@ -346,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print("python", shlex.join(measurement(run, args.runs, world, plan)[0]))
         return 0
     if args.into:
-        insert(args.into, {name: tables[name](runs) for name in args.tables})
+        insert(args.into, {name: tables[name](runs) for name in args.tables or tables})
         return 0
     run_all(runs, plan, args.only)
     return 0

@@ -1,0 +1,21 @@
+"""Pages of docs/ into which tools write, beside what people wrote."""
+
+from pathlib import Path
+
+
+def insert(path: Path, parts: dict[str, list[str]]) -> None:
+    """Puts lines between the marks of their names, `<!-- name: begin -->` and `<!-- name: end -->`.
+
+    Raises:
+      ValueError: the page has no such marks.
+    """
+    text = path.read_text()
+    for name, lines in parts.items():
+        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"{path}: expected one {begin.strip()} and one {end}")
+        head, rest = text.split(begin)
+        text = head + begin + "\n".join(lines).rstrip() + "\n" + end + rest.split(end)[1]
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
