@@ -293,14 +293,15 @@ def check_compile_only(flags: dict, fields: dict) -> None:
 
 def warm(bundle, fields: dict, flags: dict, mesh, tell) -> int:
     """--compile-only."""
-    from kontext_jax import compiling, requests, warming
+    from kontext_jax import requests, warming
+    from kontext_jax.runtime import programs
 
     request = requests.request_from_dict({"prompt": DEMO_PROMPT, **fields})
     counts = flags.get("references", [1 if bundle.preset.takes_references else 0])
     if min(counts) < 0:
         raise ValueError(f"--references {min(counts)}: expected 0 or more")
     wanted = [x for n in counts for x in warming.blank_requests(request, bundle.preset, n)]
-    kept = compiling.keep_compiled_programs(compiling.default_cache_dir())
+    kept = programs.keep_compiled_programs(programs.default_cache_dir())
     pipeline = warming.WarmingPipeline(
         bundle,
         dtype=flags.get("dtype"),
@@ -332,9 +333,10 @@ def run(given: dict) -> int:
     compile_only = flags.get("compile_only", False)
     check_compile_only(flags, fields)
 
-    from kontext_jax import compiling, runs
+    from kontext_jax import runs
     from kontext_jax.pipeline import Pipeline
-    from kontext_jax.placement import format_mesh, parse_mesh, sampling_mesh
+    from kontext_jax.runtime import programs
+    from kontext_jax.runtime.placement import format_mesh, parse_mesh, sampling_mesh
 
     def tell(line: str) -> None:
         if not quiet:
@@ -389,7 +391,7 @@ def run(given: dict) -> int:
 
     kept = None
     if not flags.get("no_cache"):
-        kept = compiling.keep_compiled_programs(compiling.default_cache_dir())
+        kept = programs.keep_compiled_programs(programs.default_cache_dir())
     pipeline = Pipeline(
         bundle,
         dtype=dtype,

@@ -68,7 +68,7 @@ def start_processes(args: argparse.Namespace) -> None:
     Raises:
       ValueError: flags that do not go together, or no cluster to ask.
     """
-    from kontext_jax import processes
+    from kontext_jax.runtime import processes
 
     if args.coordinator is None and not (args.num_processes is None and args.process_id is None):
         raise ValueError("--num-processes and --process-id need --coordinator HOST:PORT")
@@ -107,14 +107,15 @@ def run(args: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
 
     import jax
 
-    from kontext_jax import compiling, train_loop
+    from kontext_jax import train_loop
+    from kontext_jax.runtime import programs
 
     def tell(line: str) -> None:
         if not args.quiet and jax.process_index() == 0:
             print(line, flush=True)
 
     if not args.no_cache:
-        compiling.keep_compiled_programs(compiling.default_cache_dir())
+        programs.keep_compiled_programs(programs.default_cache_dir())
     workdir = args.workdir or str(RUNS / Path(args.config).stem)
     if args.dry_run:
         train_loop.dry_run(config, workdir, open_weights=open_weights, tell=tell)

@@ -30,7 +30,7 @@ from kontext_jax.plan import chart, measure, programs, sampling
 from kontext_jax.plan.commands import measure_sampling, measure_training
 from kontext_jax.plan.report import GIB, Report
 from kontext_jax.plan.targets import find_target
-from kontext_jax.sharding import MeshConfig
+from kontext_jax.runtime.sharding import MeshConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 28

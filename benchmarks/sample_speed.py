@@ -21,10 +21,11 @@ from pathlib import Path
 import common
 import jax
 
-from kontext_jax import checkpoint, compiling
+from kontext_jax import checkpoint
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.pipeline import Failure, Pipeline
 from kontext_jax.requests import PreparedRequest, SampleRequest
+from kontext_jax.runtime import programs as compiling
 from kontext_jax.warming import WarmingPipeline, blank_requests
 
 EDIT_TIMER = "an edit from prompt and pictures to pixels, host to host; not loading or compiling"

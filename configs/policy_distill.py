@@ -20,7 +20,7 @@ from kontext_jax.data.config import DataConfig
 from kontext_jax.flow import shift_timesteps
 from kontext_jax.objectives.policy_distillation import PolicyDistillationConfig
 from kontext_jax.optimizer import OptimizerConfig
-from kontext_jax.sharding import MeshConfig
+from kontext_jax.runtime.sharding import MeshConfig
 from kontext_jax.train_config import REQUIRED, LogConfig, TrainConfig, config_dict
 from kontext_jax.training_checkpoints import CheckpointConfig
 

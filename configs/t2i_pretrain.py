@@ -21,7 +21,7 @@ no picture quality is claimed for any number of steps.
 from kontext_jax.data.config import DataConfig
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig
 from kontext_jax.optimizer import OptimizerConfig
-from kontext_jax.sharding import MeshConfig
+from kontext_jax.runtime.sharding import MeshConfig
 from kontext_jax.train_config import REQUIRED, LogConfig, TrainConfig, config_dict
 from kontext_jax.training_checkpoints import CheckpointConfig
 

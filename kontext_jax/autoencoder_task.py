@@ -24,7 +24,7 @@ from kontext_jax.objectives.autoencoder import (
 from kontext_jax.objectives.base import Objective, use_key
 from kontext_jax.optimizer import make_optimizer, make_schedule
 from kontext_jax.perceptual_weights import load_perceptual, perceptual_dir, perceptual_shapes
-from kontext_jax.sharding import shard_batch
+from kontext_jax.runtime.sharding import shard_batch
 from kontext_jax.train_config import TrainConfig
 from kontext_jax.train_state import TrainState
 from kontext_jax.training_tasks import DTYPES, Devices, OpenWeights, Work

@@ -17,7 +17,6 @@ from kontext_jax import images
 from kontext_jax.adapters import AppliedAdapter
 from kontext_jax.models.presets import Preset
 from kontext_jax.pipeline import MAX_BATCH, METADATA_FORMAT, Failure, Pipeline, Place, versions
-from kontext_jax.placement import format_mesh, num_batch_parts, parse_mesh
 from kontext_jax.requests import (
     Job,
     PreparedRequest,
@@ -26,6 +25,7 @@ from kontext_jax.requests import (
     prepare,
     request_from_dict,
 )
+from kontext_jax.runtime.placement import format_mesh, num_batch_parts, parse_mesh
 
 Tell = Callable[[str], None]
 

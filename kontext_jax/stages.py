@@ -13,11 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kontext_jax import compiler_options, conditioning, flow, latents
+from kontext_jax import conditioning, flow, latents
 from kontext_jax.checkpoint import Listed, ModelBundle
-from kontext_jax.chips import chip_of
-from kontext_jax.compiling import Executables, Timings
-from kontext_jax.executable_files import ExecutableFiles
 from kontext_jax.model_card import Sampler
 from kontext_jax.models.clip import CLIPText
 from kontext_jax.models.mmdit import (
@@ -33,7 +30,11 @@ from kontext_jax.models.t5 import T5Encoder
 from kontext_jax.models.vae import VAE
 from kontext_jax.models.vae_tiling import decode_tiled, encode_tiled, vae_peak_bytes
 from kontext_jax.numerics import EXACT, Numerics
-from kontext_jax.placement import Placement, format_mesh
+from kontext_jax.runtime import compiler_options
+from kontext_jax.runtime.chips import chip_of
+from kontext_jax.runtime.placement import Placement, format_mesh
+from kontext_jax.runtime.program_files import ExecutableFiles
+from kontext_jax.runtime.programs import Executables, Timings
 from kontext_jax.sampler import guided_velocity_fn, make_sampler, seed_words
 from kontext_jax.tokenizing import Tokenizers
 from kontext_jax.types import Params

@@ -27,7 +27,7 @@ from kontext_jax.objectives.policy_distillation import PolicyDistillationConfig
 from kontext_jax.ops.attention import Backend
 from kontext_jax.optimizer import OptimizerConfig
 from kontext_jax.requests import did_you_mean
-from kontext_jax.sharding import MeshConfig
+from kontext_jax.runtime.sharding import MeshConfig
 from kontext_jax.training_checkpoints import CheckpointConfig
 
 REQUIRED = "REQUIRED"  # stands in a config file where only the user can know the value

@@ -19,15 +19,15 @@ import jax
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
-from kontext_jax import compiler_options, config_tree, train_config
+from kontext_jax import config_tree, train_config
 from kontext_jax.checkpoint import Place
-from kontext_jax.chips import chip_of
-from kontext_jax.compiling import Executables
 from kontext_jax.metrics import Speed
 from kontext_jax.objectives.base import mean_metrics, use_key
-from kontext_jax.processes import StopRequest
-from kontext_jax.sample_grid import first_rows, make_grid
-from kontext_jax.sharding import (
+from kontext_jax.runtime import compiler_options
+from kontext_jax.runtime.chips import chip_of
+from kontext_jax.runtime.processes import StopRequest
+from kontext_jax.runtime.programs import Executables
+from kontext_jax.runtime.sharding import (
     activation_rules,
     make_mesh,
     num_batch_shards,
@@ -35,6 +35,7 @@ from kontext_jax.sharding import (
     process_share,
     state_shardings,
 )
+from kontext_jax.sample_grid import first_rows, make_grid
 from kontext_jax.step_folders import CheckpointError, find_damage
 from kontext_jax.task_table import make_task
 from kontext_jax.train_config import TrainConfig

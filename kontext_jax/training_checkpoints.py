@@ -26,7 +26,7 @@ import numpy as np
 from etils import epath
 
 from kontext_jax import array_store, checksums, step_folders
-from kontext_jax.processes import from_all, from_first
+from kontext_jax.runtime.processes import from_all, from_first
 from kontext_jax.step_folders import ARRAYS, CONFIG, DATA_STATE, MANIFEST, CheckpointError
 
 ITEMS = ("params", "ema_params", "opt_state")  # fields of the state that are items of their own

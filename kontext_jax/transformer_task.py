@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 
 from kontext_jax import conditioning, latents
 from kontext_jax.checkpoint import Component, ModelBundle, Place, untrained_bundle
-from kontext_jax.chips import peak_flops
 from kontext_jax.conditioning import encode_batch, tokens_of
 from kontext_jax.data.batches import EncodedBatch, ImageBatch
 from kontext_jax.flops import Flops, mmdit_flops
@@ -20,8 +19,9 @@ from kontext_jax.models.presets import PRESETS, Preset
 from kontext_jax.objectives.base import Objective, TokenBatch, num_samples
 from kontext_jax.ops.attention import Backend, backend_for
 from kontext_jax.optimizer import make_optimizer, make_schedule
+from kontext_jax.runtime.chips import peak_flops
+from kontext_jax.runtime.sharding import batch_shardings, shard_batch
 from kontext_jax.sampler import initial_noise, make_sampler, seed_words
-from kontext_jax.sharding import batch_shardings, shard_batch
 from kontext_jax.teacher import with_guidance_input, with_velocities
 from kontext_jax.tokenizing import Tokenizers
 from kontext_jax.train_config import TrainConfig

@@ -48,7 +48,7 @@ def quick_programs(tmp_path, monkeypatch):
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
-    from kontext_jax.compiling import CACHE_VARIABLE
+    from kontext_jax.runtime.programs import CACHE_VARIABLE
 
     names = (
         "jax_compilation_cache_dir",

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 
 from kontext_jax import metrics, train_loop
-from kontext_jax.sharding import MeshConfig, make_mesh
+from kontext_jax.runtime.sharding import MeshConfig, make_mesh
 from kontext_jax.task_table import make_task
 from kontext_jax.train_config import EvalConfig
 from kontext_jax.training_checkpoints import Checkpoints

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kontext_jax import latents, sharding
-from kontext_jax.hlo_collectives import collectives
+from kontext_jax import latents
+from kontext_jax.hlo.collectives import collectives
 from kontext_jax.models import mmdit, token_layout
 from kontext_jax.models.mmdit import Conditioning, MMDiT, init_params, make_velocity_fn
 from kontext_jax.models.presets import MMDiTConfig
@@ -29,9 +29,9 @@ from kontext_jax.objectives.base import TokenBatch
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig, make_flow_matching
 from kontext_jax.ops.attention import attention
 from kontext_jax.ops.rope import rope_table
-from kontext_jax.placement import Placement
-from kontext_jax.sampler import euler_sample
-from kontext_jax.sharding import (
+from kontext_jax.runtime import sharding
+from kontext_jax.runtime.placement import Placement
+from kontext_jax.runtime.sharding import (
     MeshConfig,
     activation_rules,
     batch_shardings,
@@ -39,6 +39,7 @@ from kontext_jax.sharding import (
     shard_batch,
     state_shardings,
 )
+from kontext_jax.sampler import euler_sample
 from kontext_jax.train_state import make_train_state
 
 CONFIG = MMDiTConfig(

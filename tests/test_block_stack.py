@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kontext_jax import sharding, stages
+from kontext_jax import stages
 from kontext_jax.checkpoint import Listed, untrained_bundle
 from kontext_jax.models import lora
 from kontext_jax.models.mmdit import (
@@ -18,6 +18,7 @@ from kontext_jax.models.mmdit import (
 )
 from kontext_jax.models.presets import MMDiTConfig
 from kontext_jax.ops.rope import rope_table
+from kontext_jax.runtime import sharding
 
 CONFIG = MMDiTConfig(
     in_channels=8,

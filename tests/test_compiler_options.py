@@ -7,8 +7,8 @@ import textwrap
 import jax.numpy as jnp
 import pytest
 
-from kontext_jax.compiler_options import PURPOSES, options
-from kontext_jax.compiling import Executables, Timings
+from kontext_jax.runtime.compiler_options import PURPOSES, options
+from kontext_jax.runtime.programs import Executables, Timings
 
 
 def test_an_unknown_platform_or_purpose_is_refused():

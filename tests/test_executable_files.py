@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kontext_jax import executable_files
-from kontext_jax.compiling import Executables, Timings
-from kontext_jax.executable_files import ExecutableFiles
+from kontext_jax.runtime import program_files
+from kontext_jax.runtime.program_files import ExecutableFiles
+from kontext_jax.runtime.programs import Executables, Timings
 
 
 class Pair(NamedTuple):
@@ -88,7 +88,7 @@ def test_whatever_a_program_depends_on_makes_another_one(start, monkeypatch):
         run, traced, _ = start()
         run(TREE, 2.0)
         assert traced
-    monkeypatch.setattr(executable_files, "source_hash", lambda: "other source")
+    monkeypatch.setattr(program_files, "source_hash", lambda: "other source")
     run, traced, _ = start()
     run(TREE, 2.0)
     assert traced
@@ -151,7 +151,7 @@ def test_names_and_results_that_cannot_be_kept_are_refused(tmp_path):
 
 
 def test_the_oldest_files_go_first(start, tmp_path, monkeypatch):
-    monkeypatch.setattr(executable_files, "MOST_FILES", 1)
+    monkeypatch.setattr(program_files, "MOST_FILES", 1)
     start()[0](TREE, 2.0)
     os.utime(the_file(tmp_path), (1, 1))
     start()[0](TREE, 2.0, key="g")

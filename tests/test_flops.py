@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kontext_jax.chips import peak_flops
 from kontext_jax.flops import mmdit_flops
 from kontext_jax.models.mmdit import MMDiT, init_params
 from kontext_jax.models.presets import PRESETS, MMDiTConfig
+from kontext_jax.runtime.chips import peak_flops
 
 # One block of each kind, since XLA counts the body of a loop once; wide, so that products prevail.
 WIDE = MMDiTConfig(

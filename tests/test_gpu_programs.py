@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from kontext_jax import compiler_options
 from kontext_jax.models.mmdit import MMDiT, init_params
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.plan.targets import find_target
+from kontext_jax.runtime import compiler_options
 
 pytestmark = [
     pytest.mark.slow,

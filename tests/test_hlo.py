@@ -2,8 +2,8 @@
 
 import pytest
 
-from kontext_jax.hlo import Program
-from kontext_jax.hlo_collectives import collectives, collectives_of
+from kontext_jax.hlo.collectives import collectives, collectives_of
+from kontext_jax.hlo.text import Program
 
 # In the words of a TPU program: a loop over three layers, whose gradient is reduced and scattered
 # in a fusion, and asynchronous gathers and groups in each of their notations.

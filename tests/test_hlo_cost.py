@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from kontext_jax import hlo_cost
-from kontext_jax.chips import CHIPS
-from kontext_jax.hlo import Program
+from kontext_jax.hlo import cost as hlo_cost
+from kontext_jax.hlo.text import Program
+from kontext_jax.runtime.chips import CHIPS
 
 # In the words of a TPU program: two layers around Pallas attention, gathered beside a product that
 # takes 700 µs (1,225,000 cycles at 1.75 GHz), then four microbatches of a carried bound.

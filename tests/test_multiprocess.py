@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kontext_jax import metrics, processes
+from kontext_jax import metrics
+from kontext_jax.runtime import processes
 
 pytestmark = pytest.mark.slow
 

@@ -12,9 +12,15 @@ import pytest
 from jax.sharding import PartitionSpec
 from PIL import Image
 
-from kontext_jax import sharding
-from kontext_jax.placement import Placement, format_mesh, num_batch_parts, parse_mesh, sampling_mesh
-from kontext_jax.sharding import MeshConfig
+from kontext_jax.runtime import sharding
+from kontext_jax.runtime.placement import (
+    Placement,
+    format_mesh,
+    num_batch_parts,
+    parse_mesh,
+    sampling_mesh,
+)
+from kontext_jax.runtime.sharding import MeshConfig
 
 ROOT = Path(__file__).parents[1]
 RUN_COMMANDS = """

@@ -6,7 +6,7 @@ import signal
 import jax
 import pytest
 
-from kontext_jax import processes
+from kontext_jax.runtime import processes
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from PIL import Image
 
 from convert_weights.lora_export import write_lora
 from kontext_jax import checkpoint, images, runs
-from kontext_jax.compiling import CACHE_VARIABLE
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.requests import find_image
+from kontext_jax.runtime.programs import CACHE_VARIABLE
 from tests.lora_helpers import draw_adapter
 
 SCRIPT = Path(__file__).parents[1] / "sample.py"

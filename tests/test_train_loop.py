@@ -13,7 +13,7 @@ from light_task import LightTask
 
 from kontext_jax import metrics, train_config, train_loop
 from kontext_jax.images import read_metadata
-from kontext_jax.sharding import MeshConfig, make_mesh
+from kontext_jax.runtime.sharding import MeshConfig, make_mesh
 from kontext_jax.task_table import TASKS
 from kontext_jax.training_checkpoints import CheckpointConfig, Checkpoints
 

@@ -23,7 +23,6 @@ import numpy as np
 from tiny_report import DEMO, fill_page, measured, say
 
 from convert_weights.runs import open_weights
-from kontext_jax import compiling
 from kontext_jax.data.scenes import WORLDS
 from kontext_jax.evaluation import distilled, multi_turn
 from kontext_jax.evaluation.edit_features import Features
@@ -32,6 +31,7 @@ from kontext_jax.evaluation.rows import OpenRow, Row, open_rows
 from kontext_jax.images import load_picture, resize, write_png
 from kontext_jax.perceptual_weights import load_perceptual
 from kontext_jax.requests import find_image
+from kontext_jax.runtime import programs
 
 FEW = (4, 2, 1)
 SHEET = 8
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     out = args.runs / "report"
     out.mkdir(parents=True, exist_ok=True)
-    compiling.keep_compiled_programs(compiling.default_cache_dir())
+    programs.keep_compiled_programs(programs.default_cache_dir())
     world, rows = WORLDS["easy"], table_rows(args.runs, args.steps, args.cfg)
     opened = dict(zip(rows, open_rows(list(rows.values()), open_weights), strict=True))
     names = {key: row.name for key, row in rows.items()}

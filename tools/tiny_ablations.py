@@ -29,7 +29,7 @@ import numpy as np
 from pages import insert
 
 from convert_weights.runs import open_weights
-from kontext_jax import compiling, latents, task_table, train_config, train_loop
+from kontext_jax import latents, task_table, train_config, train_loop
 from kontext_jax.checkpoint import Component
 from kontext_jax.command_line import load_config
 from kontext_jax.conditioning import make_conditioning
@@ -42,6 +42,7 @@ from kontext_jax.flow import timestep_schedule
 from kontext_jax.flow_matching_task import FlowMatchingTask
 from kontext_jax.models.mmdit import Conditioning, MMDiT, make_velocity_fn
 from kontext_jax.models.presets import PRESETS, MMDiTConfig
+from kontext_jax.runtime import programs
 from kontext_jax.sampler import euler_sample, guided_velocity_fn
 from kontext_jax.stages import Stages
 from kontext_jax.tensor_files import unflatten
@@ -252,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=20_000, help="examples to learn from")
     parser.add_argument("--cfg", type=float, default=2.5)
     args = parser.parse_args(argv)
-    compiling.keep_compiled_programs(compiling.default_cache_dir())
+    programs.keep_compiled_programs(programs.default_cache_dir())
     encode = [
         *("-m", "kontext_jax.data.encode", f"scenes:easy:train:{args.scenes}", "-q"),
         *("--weights", str(args.runs / "encoders"), "--resolution", "64", "--dtype", "float32"),

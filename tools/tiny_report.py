@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from convert_weights.runs import open_weights
-from kontext_jax import compiling, step_folders
+from kontext_jax import step_folders
 from kontext_jax.data.scenes import WORLDS
 from kontext_jax.evaluation import edit_report, edits, photographs
 from kontext_jax.evaluation.edit_features import Features
@@ -32,6 +32,7 @@ from kontext_jax.images import write_png
 from kontext_jax.perceptual_weights import load_perceptual
 from kontext_jax.pipeline import Pipeline
 from kontext_jax.requests import SampleRequest, prepare
+from kontext_jax.runtime import programs
 from kontext_jax.stages import Stages
 from kontext_jax.tensor_writing import write_json
 
@@ -235,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     names = ("num", "photos", "growth", "seeds", "steps", "cfg")
     settings = {name: getattr(args, name) for name in names}
-    compiling.keep_compiled_programs(compiling.default_cache_dir())
+    programs.keep_compiled_programs(programs.default_cache_dir())
 
     content = measure_figures(weights, settings, out)
     growth = measure_growth(args.runs, settings, out)

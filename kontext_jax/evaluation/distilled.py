@@ -286,12 +286,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--num is {args.num}; rates of fewer than 20 edits say nothing")
 
     from convert_weights.runs import open_weights
-    from kontext_jax import compiling
     from kontext_jax.images import write_png
+    from kontext_jax.runtime import programs
 
     try:
         rows = [parse_row(text) for text in args.row]
-        compiling.keep_compiled_programs(compiling.default_cache_dir())
+        programs.keep_compiled_programs(programs.default_cache_dir())
         opened = open_rows(rows, open_weights)
         world = WORLDS[args.world]
         report, made = evaluate(

@@ -309,11 +309,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--num is {args.num}; rates of fewer than 20 edits say nothing")
 
     from convert_weights.runs import open_weights
-    from kontext_jax import compiling
     from kontext_jax.images import write_png
+    from kontext_jax.runtime import programs
     from kontext_jax.stages import Stages
 
-    compiling.keep_compiled_programs(compiling.default_cache_dir())
+    programs.keep_compiled_programs(programs.default_cache_dir())
     bundle = open_weights(args.weights)
     print(bundle.source, file=sys.stderr)
     world = WORLDS[args.world]

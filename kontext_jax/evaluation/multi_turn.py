@@ -306,11 +306,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--{flag} is {getattr(args, flag)}; expected 2 or more")
 
     from convert_weights.runs import open_weights
-    from kontext_jax import compiling
+    from kontext_jax.runtime import programs
 
     try:
         rows = [parse_row(text) for text in args.row or ["tiny=tiny"]]
-        compiling.keep_compiled_programs(compiling.default_cache_dir())
+        programs.keep_compiled_programs(programs.default_cache_dir())
         opened = open_rows(rows, open_weights)
         report, _, _ = evaluate(
             opened,

@@ -29,7 +29,7 @@ from kontext_jax.images import load_picture
 from kontext_jax.models.perceptual import VGG16, Perceptual
 from kontext_jax.models.vae import VAE
 from kontext_jax.perceptual_weights import load_perceptual
-from kontext_jax.sharding import MeshConfig, activation_rules, batch_shardings, make_mesh
+from kontext_jax.runtime.sharding import MeshConfig, activation_rules, batch_shardings, make_mesh
 from kontext_jax.types import Params
 
 # Kontext (arXiv:2506.15742), table 1: 4,096 pictures of ImageNet at 256², and its ± figures.
@@ -298,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: Any) -> int:
     """Measures as the command line says, and prints the table."""
     from convert_weights.runs import open_weights
-    from kontext_jax import compiling
+    from kontext_jax.runtime import programs
     from kontext_jax.tensor_writing import write_json
 
     for name in ("num", "size", "batch_size"):
@@ -321,7 +321,7 @@ def run(args: Any) -> int:
     def tell(count: int) -> None:
         print(f"\r{count:,} of {len(names):,} pictures", end="", file=sys.stderr, flush=True)
 
-    compiling.keep_compiled_programs(compiling.default_cache_dir())
+    programs.keep_compiled_programs(programs.default_cache_dir())
     print(bundle.source, file=sys.stderr)
     given = batches(pictures, names, args.size, args.batch_size)
     measured = evaluate(vae, Perceptual(VGG16), load, given, tell=tell)

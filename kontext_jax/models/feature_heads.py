@@ -25,7 +25,7 @@ from kontext_jax.models.layers import (
     linear_init,
     timestep_embedding,
 )
-from kontext_jax.sharding import constrain
+from kontext_jax.runtime.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)

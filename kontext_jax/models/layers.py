@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from kontext_jax.sharding import constrain
+from kontext_jax.runtime.sharding import constrain
 
 NORM_EPS = 1e-6
 TIME_FACTOR = 1000  # t and guidance are multiplied by this before their sinusoids

@@ -38,7 +38,7 @@ from kontext_jax.models.token_layout import TokenLayout, attend
 from kontext_jax.numerics import EXACT, Numerics
 from kontext_jax.ops.attention import Backend, keeps_attention
 from kontext_jax.ops.rope import Rotation, full_width, rotate, scaled
-from kontext_jax.sharding import constrain
+from kontext_jax.runtime.sharding import constrain
 from kontext_jax.types import Params, VelocityFn
 
 BLOCK_STACKS = ("double_blocks", "single_blocks")

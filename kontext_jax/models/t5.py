@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from kontext_jax.models.presets import T5Config
 from kontext_jax.ops.attention import attention
-from kontext_jax.sharding import constrain
+from kontext_jax.runtime.sharding import constrain
 from kontext_jax.types import Array, Bool, Float, Int, typed
 
 

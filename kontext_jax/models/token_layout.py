@@ -15,9 +15,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from kontext_jax import sharding
 from kontext_jax.ops.attention import Backend, attention
-from kontext_jax.sharding import constrain
+from kontext_jax.runtime import sharding
+from kontext_jax.runtime.sharding import constrain
 
 
 @jax.tree_util.register_static

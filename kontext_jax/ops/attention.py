@@ -34,8 +34,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from kontext_jax import sharding
 from kontext_jax.ops import attention_pallas_gpu, attention_splash
+from kontext_jax.runtime import sharding
 
 Backend = Literal["auto", "reference", "chunked", "cudnn", "pallas_gpu", "splash"]
 

@@ -13,7 +13,6 @@ from kontext_jax import config_tree, train_config
 from kontext_jax.command_line import load_config
 from kontext_jax.data.buckets import bucket_sizes
 from kontext_jax.models.presets import PRESETS
-from kontext_jax.placement import parse_mesh
 from kontext_jax.plan import chart, measure, programs, sampling, sweep, targets
 from kontext_jax.plan.report import (
     Report,
@@ -24,6 +23,7 @@ from kontext_jax.plan.report import (
     time_text,
 )
 from kontext_jax.requests import did_you_mean
+from kontext_jax.runtime.placement import parse_mesh
 from kontext_jax.train_config import TrainConfig
 
 SHORT_DTYPES = {"bfloat16": "bf16", "float32": "f32"}

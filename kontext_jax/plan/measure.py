@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import kontext_jax
-from kontext_jax import compiler_options
-from kontext_jax.compiling import default_cache_dir
 from kontext_jax.plan.programs import Program
 from kontext_jax.plan.targets import Target
+from kontext_jax.runtime import compiler_options
+from kontext_jax.runtime.programs import default_cache_dir
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin",

@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kontext_jax import conditioning, sharding
+from kontext_jax import conditioning
 from kontext_jax.checkpoint import parameter_shapes, untrained_bundle
-from kontext_jax.compiler_options import Purpose
 from kontext_jax.data.buckets import bucket_sizes
 from kontext_jax.models.presets import PRESETS, Preset
 from kontext_jax.ops.attention import backend_for
 from kontext_jax.plan.targets import Target
+from kontext_jax.runtime import sharding
+from kontext_jax.runtime.compiler_options import Purpose
 from kontext_jax.task_table import make_task
 from kontext_jax.train_config import DISTILLATIONS, TrainConfig
 from kontext_jax.train_loop import abstract_state, check_batch_size, tree_bytes

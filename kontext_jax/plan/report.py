@@ -15,7 +15,7 @@ import rich.columns
 import rich.console
 import rich.table
 
-from kontext_jax import hlo_cost
+from kontext_jax.hlo import cost as hlo_cost
 from kontext_jax.plan.measure import Compiled, versions
 from kontext_jax.plan.programs import Program
 from kontext_jax.plan.targets import Target

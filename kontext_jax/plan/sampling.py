@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kontext_jax import latents, placement, sharding
+from kontext_jax import latents
 from kontext_jax.checkpoint import parameter_shapes, untrained_bundle
 from kontext_jax.flops import mmdit_flops
 from kontext_jax.model_card import Sampler
@@ -23,7 +23,8 @@ from kontext_jax.models.vae import VAE
 from kontext_jax.models.vae_tiling import vae_peak_bytes
 from kontext_jax.plan.programs import Program
 from kontext_jax.plan.targets import Target
-from kontext_jax.sharding import MeshConfig
+from kontext_jax.runtime import placement, sharding
+from kontext_jax.runtime.sharding import MeshConfig
 from kontext_jax.stages import Stages
 from kontext_jax.train_loop import tree_bytes
 from kontext_jax.warming import BlankTokenizers

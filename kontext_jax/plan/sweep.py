@@ -12,10 +12,10 @@ from typing import Any
 import rich.console
 import rich.progress
 
-from kontext_jax import sharding
 from kontext_jax.plan.report import GIB, Report, new_table, size_text, time_text
 from kontext_jax.plan.targets import Target
-from kontext_jax.sharding import MeshConfig
+from kontext_jax.runtime import sharding
+from kontext_jax.runtime.sharding import MeshConfig
 from kontext_jax.train_config import TrainConfig
 
 # From the least memory to the most.

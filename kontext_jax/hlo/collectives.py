@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from kontext_jax.hlo import ITEM_BYTES, Instruction, Program, arrays
+from kontext_jax.hlo.text import ITEM_BYTES, Instruction, Program, arrays
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 

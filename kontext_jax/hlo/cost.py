@@ -22,10 +22,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kontext_jax.chips import CHIPS, Chip
-from kontext_jax.hlo import Instruction, Program, array_text, arrays, num_bytes
-from kontext_jax.hlo_collectives import Collective, collectives_of
-from kontext_jax.hlo_kernels import attention_call, bytes_moved, is_gemm, product_flops
+from kontext_jax.hlo.collectives import Collective, collectives_of
+from kontext_jax.hlo.kernels import attention_call, bytes_moved, is_gemm, product_flops
+from kontext_jax.hlo.text import Instruction, Program, array_text, arrays, num_bytes
+from kontext_jax.runtime.chips import CHIPS, Chip
 
 CATEGORIES = ("matmul", "attention", "reduction", "elementwise", "data movement")
 

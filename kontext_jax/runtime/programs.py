@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from kontext_jax.executable_files import ExecutableFiles
+from kontext_jax.runtime.program_files import ExecutableFiles
 
 CACHE_VARIABLE = "KONTEXT_JAX_CACHE"
 

@@ -225,7 +225,7 @@ def _devices() -> Any:
 @functools.cache
 def source_hash() -> str:
     """Hash of all Python files of this package."""
-    root, digest = Path(__file__).parent, hashlib.sha256()
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     return digest.hexdigest()

@@ -18,8 +18,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kontext_jax import sharding
-from kontext_jax.sharding import BATCH_AXES, MeshConfig
+from kontext_jax.runtime import sharding
+from kontext_jax.runtime.sharding import BATCH_AXES, MeshConfig
 
 # Axis of a mesh as a user names it → its field of MeshConfig.
 MESH_NAMES = ("slices", "data", "fsdp", "context", "tensor")
