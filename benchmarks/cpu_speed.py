@@ -96,10 +96,10 @@ def make_jax_run(settings: dict):
 
     from convert_weights import rules
     from convert_weights.tables import mmdit as table
-    from kontext_jax.flow import timestep_mu, timestep_schedule
+    from kontext_jax.flow.path import timestep_mu, timestep_schedule
+    from kontext_jax.flow.samplers import euler_sample
     from kontext_jax.models.mmdit import Conditioning, MMDiT, make_velocity_fn, prepare_steps
     from kontext_jax.ops.rope import rope_table
-    from kontext_jax.sampler import euler_sample
 
     config = settings["config"]
     plan = rules.make_plan(table.rows(config), table.axis_sizes(config), "diffusers")
@@ -137,7 +137,7 @@ def make_torch_run(settings: dict):
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
-    from kontext_jax.flow import timestep_mu
+    from kontext_jax.flow.path import timestep_mu
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     config = settings["config"]

@@ -17,7 +17,7 @@ Expect: `relative_error/I` below `no_op_error/I` of the first evaluation, least 
 """
 
 from kontext_jax.data.config import DataConfig
-from kontext_jax.flow import shift_timesteps
+from kontext_jax.flow.path import shift_timesteps
 from kontext_jax.objectives.policy_distillation import PolicyDistillationConfig
 from kontext_jax.optimizer import OptimizerConfig
 from kontext_jax.runtime.sharding import MeshConfig

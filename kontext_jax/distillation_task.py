@@ -6,7 +6,7 @@ from typing import Any
 from kontext_jax import config_tree
 from kontext_jax.checkpoint import ModelBundle, Place
 from kontext_jax.flops import mmdit_flops
-from kontext_jax.guidance import cfg
+from kontext_jax.flow.guidance import cfg
 from kontext_jax.model_card import defaults_of_run
 from kontext_jax.models.presets import MMDiTConfig
 from kontext_jax.objectives.base import TokenBatch

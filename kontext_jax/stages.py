@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kontext_jax import conditioning, flow, latents
+from kontext_jax import conditioning, latents
 from kontext_jax.checkpoint import Listed, ModelBundle
+from kontext_jax.flow import path as flow
+from kontext_jax.flow.samplers import guided_velocity_fn, make_sampler, seed_words
 from kontext_jax.model_card import Sampler
 from kontext_jax.models.clip import CLIPText
 from kontext_jax.models.mmdit import (
@@ -35,7 +37,6 @@ from kontext_jax.runtime.chips import chip_of
 from kontext_jax.runtime.placement import Placement, format_mesh
 from kontext_jax.runtime.program_files import ExecutableFiles
 from kontext_jax.runtime.programs import Executables, Timings
-from kontext_jax.sampler import guided_velocity_fn, make_sampler, seed_words
 from kontext_jax.tokenizing import Tokenizers
 from kontext_jax.types import Params
 

@@ -21,6 +21,7 @@ import numpy as np
 import optax
 
 from kontext_jax import latents
+from kontext_jax.flow.samplers import euler_sample
 from kontext_jax.hlo.collectives import collectives
 from kontext_jax.models import mmdit, token_layout
 from kontext_jax.models.mmdit import Conditioning, MMDiT, init_params, make_velocity_fn
@@ -39,7 +40,6 @@ from kontext_jax.runtime.sharding import (
     shard_batch,
     state_shardings,
 )
-from kontext_jax.sampler import euler_sample
 from kontext_jax.train_state import make_train_state
 
 CONFIG = MMDiTConfig(

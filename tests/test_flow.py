@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kontext_jax import flow
+from kontext_jax.flow import path as flow
 
 
 def random_tokens(seed):

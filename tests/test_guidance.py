@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kontext_jax.guidance import cfg, make_apg, make_interval
+from kontext_jax.flow.guidance import cfg, make_apg, make_interval
 
 RNG = np.random.default_rng(0)
 V_UNCOND, V_COND, X_T = RNG.standard_normal((3, 4, 5, 6), np.float32)

@@ -9,7 +9,7 @@ import optax
 import pytest
 from test_flow_matching import make_batch
 
-from kontext_jax.guidance import cfg, make_apg, make_interval
+from kontext_jax.flow.guidance import cfg, make_apg, make_interval
 from kontext_jax.objectives.base import mean_metrics
 from kontext_jax.objectives.guidance_distillation import (
     GuidanceDistillationConfig,

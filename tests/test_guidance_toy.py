@@ -13,8 +13,8 @@ import optax
 import pytest
 import toy2d
 
-from kontext_jax import flow
-from kontext_jax.guidance import cfg
+from kontext_jax.flow import path as flow
+from kontext_jax.flow.guidance import cfg
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig, make_flow_matching
 from kontext_jax.objectives.guidance_distillation import (
     GuidanceDistillationConfig,

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from kontext_jax import flow
+from kontext_jax.flow import path as flow
+from kontext_jax.flow.samplers import euler_sample
 from kontext_jax.models.feature_heads import FeatureHeads, FeatureHeadsConfig
 from kontext_jax.objectives.adversarial import Adversary
 from kontext_jax.objectives.base import TokenBatch, sample_keys, use_key
@@ -19,7 +20,6 @@ from kontext_jax.objectives.ladd import (
     make_ladd,
     mismatched,
 )
-from kontext_jax.sampler import euler_sample
 
 B, L, C, D = 4, 3, 2, 5
 KEY = jax.random.key(1)

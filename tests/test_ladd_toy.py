@@ -14,10 +14,10 @@ import optax
 import pytest
 import toy2d
 
+from kontext_jax.flow.samplers import renoise_sample, seed_words
 from kontext_jax.models.layers import modulated_norm
 from kontext_jax.objectives.adversarial import Adversary
 from kontext_jax.objectives.ladd import LADDConfig, make_ladd
-from kontext_jax.sampler import renoise_sample, seed_words
 
 HEAD_WIDTH = 64
 POOL = 8192

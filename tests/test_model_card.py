@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from kontext_jax import checkpoint, flow
+from kontext_jax import checkpoint
 from kontext_jax.config_tree import to_dict
+from kontext_jax.flow import path as flow
 from kontext_jax.model_card import check_defaults, check_timesteps, defaults_of_run, sampling_rule
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.objectives.ladd import LADDConfig

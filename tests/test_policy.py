@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import toy2d
 
-from kontext_jax import policy, teacher
+from kontext_jax import teacher
 from kontext_jax.checkpoint import untrained_bundle
+from kontext_jax.flow import policy
+from kontext_jax.flow.samplers import euler_sample, make_sampler, policy_sample
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.objectives.policy_distillation import (
     PolicyDistillationConfig,
     make_policy_distillation,
 )
 from kontext_jax.optimizer import OptimizerConfig, make_optimizer
-from kontext_jax.sampler import euler_sample, make_sampler, policy_sample
 from kontext_jax.tensor_files import flatten
 from kontext_jax.train_state import make_train_state
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import toy2d
 
+from kontext_jax.flow.samplers import policy_sample
 from kontext_jax.objectives.policy_distillation import (
     PolicyDistillationConfig,
     make_policy_distillation,
 )
-from kontext_jax.sampler import policy_sample
 from kontext_jax.train_state import make_train_state
 
 GUIDANCE = 3.0

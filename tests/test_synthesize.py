@@ -14,7 +14,7 @@ from kontext_jax.checkpoint import untrained_bundle
 from kontext_jax.data import synthesize
 from kontext_jax.data.cache import CachedBatches, EncodedCache
 from kontext_jax.data.encoded_records import CacheError, ShardWriter, shard_paths
-from kontext_jax.sampler import initial_noise
+from kontext_jax.flow.samplers import initial_noise
 
 
 class HandStages:

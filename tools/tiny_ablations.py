@@ -38,12 +38,12 @@ from kontext_jax.evaluation import edits
 from kontext_jax.evaluation.edit_model import Model
 from kontext_jax.evaluation.edit_report import markdown, rate_text
 from kontext_jax.flops import mmdit_flops
-from kontext_jax.flow import timestep_schedule
+from kontext_jax.flow.path import timestep_schedule
+from kontext_jax.flow.samplers import euler_sample, guided_velocity_fn
 from kontext_jax.flow_matching_task import FlowMatchingTask
 from kontext_jax.models.mmdit import Conditioning, MMDiT, make_velocity_fn
 from kontext_jax.models.presets import PRESETS, MMDiTConfig
 from kontext_jax.runtime import programs
-from kontext_jax.sampler import euler_sample, guided_velocity_fn
 from kontext_jax.stages import Stages
 from kontext_jax.tensor_files import unflatten
 from kontext_jax.tensor_writing import write_json

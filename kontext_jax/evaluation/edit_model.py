@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from kontext_jax.flow.samplers import initial_noise
 from kontext_jax.latents import model_to_pixels
 from kontext_jax.model_card import Sampler
-from kontext_jax.sampler import initial_noise
 from kontext_jax.sizes import Size
 
 BATCH = 50

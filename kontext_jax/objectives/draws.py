@@ -6,7 +6,7 @@ from typing import Any, ClassVar, get_args
 import jax
 import jax.numpy as jnp
 
-from kontext_jax import flow
+from kontext_jax.flow import path as flow
 from kontext_jax.objectives.base import Metrics, sample_keys, use_key
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kontext_jax import flow
+from kontext_jax.flow import path as flow
 from kontext_jax.objectives.base import (
     Objective,
     TokenBatch,

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from kontext_jax import flow
-from kontext_jax.guidance import GuideFn, cfg, make_apg, make_interval
+from kontext_jax.flow import path as flow
+from kontext_jax.flow.guidance import GuideFn, cfg, make_apg, make_interval
 from kontext_jax.objectives.base import (
     Objective,
     TokenBatch,

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from kontext_jax import flow
+from kontext_jax.flow import path as flow
 from kontext_jax.model_card import check_timesteps
 from kontext_jax.objectives.adversarial import (
     Adversary,

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from kontext_jax import flow, policy
+from kontext_jax.flow import path as flow
+from kontext_jax.flow import policy
 from kontext_jax.model_card import check_timesteps
 from kontext_jax.objectives.base import (
     Objective,

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kontext_jax.flow import timestep_schedule
-from kontext_jax.sampler import initial_noise, renoise_sample, seed_words
+from kontext_jax.flow.path import timestep_schedule
+from kontext_jax.flow.samplers import initial_noise, renoise_sample, seed_words
 
 pytestmark = pytest.mark.parity
 

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kontext_jax import policy
-from kontext_jax.guidance import cfg
+from kontext_jax.flow import policy
+from kontext_jax.flow.guidance import cfg
 from kontext_jax.model_card import SAMPLERS, Sampler
 from kontext_jax.types import VelocityFn
 
