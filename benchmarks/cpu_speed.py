@@ -77,7 +77,7 @@ def inputs(settings: dict) -> dict[str, np.ndarray]:
 
 def make_ids(settings: dict) -> np.ndarray:
     """Positions of text, target and references: [S, 3]."""
-    from kontext_jax import latents
+    from kontext_jax.pictures import latents
 
     target, *references = settings["grids"]
     return np.concatenate(

@@ -24,7 +24,7 @@ from convert_weights.rules import WeightMismatchError
 from convert_weights.sources import open_foreign_bundle
 from kontext_jax.checkpoint import as_dtype
 from kontext_jax.models.presets import Config
-from kontext_jax.tensor_files import TensorFileError, unflatten
+from kontext_jax.storage.safetensors_reader import TensorFileError, unflatten
 
 if TYPE_CHECKING:
     from kontext_jax.types import Params

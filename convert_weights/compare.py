@@ -16,7 +16,7 @@ from convert_weights.to_jax import Advance, gather
 from kontext_jax import checkpoint
 from kontext_jax.checkpoint import KINDS
 from kontext_jax.models.presets import PRESETS, Config
-from kontext_jax.tensor_files import dtype_name
+from kontext_jax.storage.safetensors_reader import dtype_name
 
 
 def open_any(path: str, axes_dim: tuple[int, ...] | None = None) -> dict[str, AnyComponent]:

@@ -25,7 +25,7 @@ from convert_weights.rules import Move, Plan, WeightMismatchError, difference_li
 from convert_weights.tables import TABLES
 from kontext_jax import checkpoint
 from kontext_jax.models.presets import Config
-from kontext_jax.tensor_files import (
+from kontext_jax.storage.safetensors_reader import (
     DTYPES,
     FLOAT_DTYPES,
     Scratch,

@@ -27,7 +27,7 @@ from convert_weights.rules import WeightMismatchError, natural_key
 from convert_weights.tables import lora as table
 from kontext_jax.adapters import Adapter, Changes, LowRank, Place
 from kontext_jax.models.presets import Config
-from kontext_jax.tensor_files import (
+from kontext_jax.storage.safetensors_reader import (
     FLOAT_DTYPES,
     SafetensorsFile,
     cast,

@@ -15,8 +15,8 @@ from convert_weights.rules import WeightMismatchError
 from convert_weights.tables import lora as table
 from kontext_jax.adapters import Adapter
 from kontext_jax.models.presets import PRESETS, Config
-from kontext_jax.tensor_files import TensorInfo, cast
-from kontext_jax.tensor_writing import SafetensorsWriter
+from kontext_jax.storage.safetensors_reader import TensorInfo, cast
+from kontext_jax.storage.safetensors_writer import SafetensorsWriter
 from kontext_jax.training_bundle import Which, is_run, open_run
 
 LAYOUTS = tuple(table.WRITTEN)

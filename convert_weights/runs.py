@@ -15,8 +15,8 @@ from convert_weights.to_torch import to_torch
 from kontext_jax import checkpoint
 from kontext_jax.model_card import defaults_of_run
 from kontext_jax.models.presets import PRESETS, Config
-from kontext_jax.tensor_files import TensorInfo, dtype_name, flatten
-from kontext_jax.tensor_writing import SafetensorsWriter, write_folder, write_json
+from kontext_jax.storage.safetensors_reader import TensorInfo, dtype_name, flatten
+from kontext_jax.storage.safetensors_writer import SafetensorsWriter, write_folder, write_json
 from kontext_jax.training_bundle import TrainedTree, Which, is_run, open_run, training_bundle
 
 

@@ -28,8 +28,13 @@ from convert_weights.sources import (
 )
 from kontext_jax import checkpoint
 from kontext_jax.checkpoint import KINDS
-from kontext_jax.tensor_files import TensorFileError, TensorInfo, dtype_name, find_safetensors
-from kontext_jax.tensor_writing import SafetensorsWriter, write_folder, write_json
+from kontext_jax.storage.safetensors_reader import (
+    TensorFileError,
+    TensorInfo,
+    dtype_name,
+    find_safetensors,
+)
+from kontext_jax.storage.safetensors_writer import SafetensorsWriter, write_folder, write_json
 
 Advance = Callable[[int], None]
 """Told how many bytes of the source have been dealt with since the last call."""

@@ -21,8 +21,8 @@ from convert_weights.to_jax import Advance, Summary, copy_tokenizer, require_roo
 from kontext_jax import checkpoint
 from kontext_jax.model_card import sampling_rule
 from kontext_jax.models.presets import CLIPConfig, Config, MMDiTConfig, Preset, T5Config, VAEConfig
-from kontext_jax.tensor_files import TensorInfo, dtype_name
-from kontext_jax.tensor_writing import ShardedWriter, write_folder, write_json
+from kontext_jax.storage.safetensors_reader import TensorInfo, dtype_name
+from kontext_jax.storage.safetensors_writer import ShardedWriter, write_folder, write_json
 
 LAYOUTS = ("bfl", "diffusers")
 DIFFUSERS_VERSION = "0.34.0"  # the first with FluxKontextPipeline

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from kontext_jax.checkpoint import NO_EDITS, Component, Edits, ModelBundle
-from kontext_jax.tensor_files import flatten
+from kontext_jax.storage.safetensors_reader import flatten
 
 BLOCK = 2**16  # elements of a kernel that are changed at once
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from kontext_jax.model_card import check_defaults, sampling_rule
 from kontext_jax.models.presets import CONFIG_CLASSES, PRESETS, Config, Preset, config_from_json
-from kontext_jax.tensor_files import (
+from kontext_jax.storage.safetensors_reader import (
     SafetensorsFile,
     TensorFileError,
     TensorInfo,
@@ -29,7 +29,7 @@ from kontext_jax.tensor_files import (
     has_nonfinite,
     unflatten,
 )
-from kontext_jax.tensor_writing import SafetensorsWriter, write_folder, write_json
+from kontext_jax.storage.safetensors_writer import SafetensorsWriter, write_folder, write_json
 
 if TYPE_CHECKING:  # converting and inspecting weights must not wait for jax to be imported
     import jax

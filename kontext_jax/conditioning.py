@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kontext_jax import latents
 from kontext_jax.checkpoint import ModelBundle, Place, component_identity
 from kontext_jax.data.batches import EncodedBatch
 from kontext_jax.models.clip import CLIPText
@@ -32,6 +31,7 @@ from kontext_jax.models.vae import VAE
 from kontext_jax.numerics import EXACT, Numerics
 from kontext_jax.objectives.base import TokenBatch
 from kontext_jax.ops.rope import rope_table
+from kontext_jax.pictures import latents
 from kontext_jax.tokenizing import TextIds, Tokenizers
 from kontext_jax.types import Array, Float, Latents, Params, Tokens, UInt8, typed
 

@@ -17,8 +17,13 @@ import numpy as np
 from kontext_jax.checkpoint import Place, place_leaves
 from kontext_jax.models.perceptual import NETS, Perceptual, PerceptualConfig
 from kontext_jax.runtime.programs import default_cache_dir
-from kontext_jax.tensor_files import SafetensorsFile, TensorFileError, TensorInfo, flatten
-from kontext_jax.tensor_writing import SafetensorsWriter
+from kontext_jax.storage.safetensors_reader import (
+    SafetensorsFile,
+    TensorFileError,
+    TensorInfo,
+    flatten,
+)
+from kontext_jax.storage.safetensors_writer import SafetensorsWriter
 
 if TYPE_CHECKING:
     import jax

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import kontext_jax
-from kontext_jax import images, latents
 from kontext_jax.flow.samplers import initial_noise
+from kontext_jax.pictures import files as images
+from kontext_jax.pictures import latents
 from kontext_jax.requests import PreparedRequest, request_to_dict
 from kontext_jax.runtime.placement import format_mesh
 from kontext_jax.stages import OnStep, Stages

@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 
-from kontext_jax import images
 from kontext_jax.adapters import AppliedAdapter
 from kontext_jax.models.presets import Preset
+from kontext_jax.pictures import files as images
 from kontext_jax.pipeline import MAX_BATCH, METADATA_FORMAT, Failure, Pipeline, Place, versions
 from kontext_jax.requests import (
     Job,

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from kontext_jax.data.batches import ImageBatch
-from kontext_jax.latents import model_to_pixels
+from kontext_jax.pictures.latents import model_to_pixels
 
 GAP_PX = 4
 GAP_LEVEL = 128

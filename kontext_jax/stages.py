@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kontext_jax import conditioning, latents
+from kontext_jax import conditioning
 from kontext_jax.checkpoint import Listed, ModelBundle
 from kontext_jax.flow import path as flow
 from kontext_jax.flow.samplers import guided_velocity_fn, make_sampler, seed_words
@@ -32,6 +32,7 @@ from kontext_jax.models.t5 import T5Encoder
 from kontext_jax.models.vae import VAE
 from kontext_jax.models.vae_tiling import decode_tiled, encode_tiled, vae_peak_bytes
 from kontext_jax.numerics import EXACT, Numerics
+from kontext_jax.pictures import latents
 from kontext_jax.runtime import compiler_options
 from kontext_jax.runtime.chips import chip_of
 from kontext_jax.runtime.placement import Placement, format_mesh

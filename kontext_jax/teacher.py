@@ -34,7 +34,7 @@ from kontext_jax.models.mmdit import Conditioning, MMDiT, Remat, make_velocity_f
 from kontext_jax.models.presets import MMDiTConfig
 from kontext_jax.objectives.base import TokenBatch
 from kontext_jax.ops.attention import Backend
-from kontext_jax.tensor_files import cast, flatten
+from kontext_jax.storage.safetensors_reader import cast, flatten
 from kontext_jax.types import Params
 
 NO_GUIDANCE = 1.0  # what a network that takes guidance is told, to be the conditional one

@@ -36,7 +36,7 @@ from kontext_jax.runtime.sharding import (
     state_shardings,
 )
 from kontext_jax.sample_grid import first_rows, make_grid
-from kontext_jax.step_folders import CheckpointError, find_damage
+from kontext_jax.storage.step_folders import CheckpointError, find_damage
 from kontext_jax.task_table import make_task
 from kontext_jax.train_config import TrainConfig
 from kontext_jax.training_checkpoints import Checkpoints, config_difference

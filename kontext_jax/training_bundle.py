@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from etils import epath
 
-from kontext_jax import array_store, step_folders
 from kontext_jax.adapters import Adapter, adapter_from_tree, with_adapters
 from kontext_jax.checkpoint import (
     KINDS,
@@ -36,8 +35,9 @@ from kontext_jax.checkpoint import (
 )
 from kontext_jax.model_card import CHECKS, defaults_of_run
 from kontext_jax.models.presets import PRESETS, Config, Preset
-from kontext_jax.step_folders import ARRAYS, CONFIG, CheckpointError
-from kontext_jax.tensor_files import flatten, unflatten
+from kontext_jax.storage import arrays, step_folders
+from kontext_jax.storage.safetensors_reader import flatten, unflatten
+from kontext_jax.storage.step_folders import ARRAYS, CONFIG, CheckpointError
 
 if TYPE_CHECKING:
     import jax
@@ -151,7 +151,7 @@ class TrainedTree:
         return np.array(array)
 
     def _load(self, batch: dict[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, Any]]:
-        loaded = array_store.load(self.folder / ARRAYS, {self.item: batch})[self.item]
+        loaded = arrays.load(self.folder / ARRAYS, {self.item: batch})[self.item]
         yield from ((path, loaded.pop(path)) for path in list(loaded))
 
 
@@ -205,7 +205,7 @@ def _open_step(run: epath.Path, step: int, which: Which | None) -> TrainedTree:
     missing = sorted({"objective", "preset", "weights", "train"} - settings.keys())
     if missing:
         raise ValueError(f"{folder / CONFIG} lacks {', '.join(missing)}: not a run of train.py")
-    stored = array_store.stored_leaves(folder / ARRAYS)
+    stored = arrays.stored_leaves(folder / ARRAYS)
     item = ITEM_OF["params" if which is None and "ema_params" not in stored else which or "ema"]
     if item not in stored:
         raise ValueError(f"{run} keeps no average of the parameters; ask for the parameters")

@@ -25,9 +25,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from kontext_jax import array_store, checksums, step_folders
 from kontext_jax.runtime.processes import from_all, from_first
-from kontext_jax.step_folders import ARRAYS, CONFIG, DATA_STATE, MANIFEST, CheckpointError
+from kontext_jax.storage import arrays, checksums, step_folders
+from kontext_jax.storage.step_folders import ARRAYS, CONFIG, DATA_STATE, MANIFEST, CheckpointError
 
 ITEMS = ("params", "ema_params", "opt_state")  # fields of the state that are items of their own
 REST = "rest"
@@ -212,7 +212,7 @@ class Checkpoints:
             self._fail(step, nbytes, problem)
             return
         try:
-            saving = array_store.save_async(folder / ARRAYS, items)
+            saving = arrays.save_async(folder / ARRAYS, items)
         except Exception as error:  # Orbax and TensorStore have no common class of errors
             self._give_up(folder)
             self._fail(step, nbytes, _first_line(error))
@@ -261,7 +261,7 @@ class Checkpoints:
         step_folders.write_text(folder / DATA_STATE, json.dumps(data_state, indent=2))
         step_folders.write_text(folder / CONFIG, config_json)
 
-    def _finish(self, step: int, nbytes: int, saving: array_store.Saving) -> None:
+    def _finish(self, step: int, nbytes: int, saving: arrays.Saving) -> None:
         """Waits for the arrays, commits them and deletes what need not be kept; in a thread."""
         folder = self.directory / str(step)
         try:
@@ -399,15 +399,15 @@ class Checkpoints:
         }
         trees = {name: fields.pop(name) for name in ITEMS if name in fields}
         trees[REST] = fields
-        wanted = {item: array_store.leaves_of(tree) for item, tree in trees.items()}
-        stored = array_store.stored_leaves(folder / ARRAYS)
+        wanted = {item: arrays.leaves_of(tree) for item, tree in trees.items()}
+        stored = arrays.stored_leaves(folder / ARRAYS)
         lines = difference_lines(_with_items(stored), _with_items(wanted))
         if lines:
             raise ValueError(
                 f"{folder}: not a checkpoint of this run's state (- missing in it, + unexpected):"
                 "\n  " + "\n  ".join(lines)
             )
-        loaded = array_store.load(folder / ARRAYS, wanted)
+        loaded = arrays.load(folder / ARRAYS, wanted)
 
         def fill(item: str) -> Any:
             structure = jax.tree.structure(trees[item])

@@ -6,10 +6,10 @@ import jax
 from etils import epath
 
 from kontext_jax import train_config
-from kontext_jax.images import write_png
 from kontext_jax.metrics import MetricLog, Progress, RunFiles, Speed
 from kontext_jax.objectives.base import mean_metrics
-from kontext_jax.step_folders import write_text
+from kontext_jax.pictures.files import write_png
+from kontext_jax.storage.step_folders import write_text
 from kontext_jax.train_config import TrainConfig
 from kontext_jax.training_tasks import Tell
 

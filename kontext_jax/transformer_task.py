@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kontext_jax import conditioning, latents
+from kontext_jax import conditioning
 from kontext_jax.checkpoint import Component, ModelBundle, Place, untrained_bundle
 from kontext_jax.conditioning import encode_batch, tokens_of
 from kontext_jax.data.batches import EncodedBatch, ImageBatch
@@ -20,6 +20,7 @@ from kontext_jax.models.presets import PRESETS, Preset
 from kontext_jax.objectives.base import Objective, TokenBatch, num_samples
 from kontext_jax.ops.attention import Backend, backend_for
 from kontext_jax.optimizer import make_optimizer, make_schedule
+from kontext_jax.pictures import latents
 from kontext_jax.runtime.chips import peak_flops
 from kontext_jax.runtime.sharding import batch_shardings, shard_batch
 from kontext_jax.teacher import with_guidance_input, with_velocities

@@ -16,18 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kontext_jax import latents
 from kontext_jax.checkpoint import parameter_shapes
-from kontext_jax.images import Picture
 from kontext_jax.models.mmdit import unstacked
 from kontext_jax.models.presets import Preset
 from kontext_jax.models.vae import VAE
 from kontext_jax.numerics import NUMERICS
+from kontext_jax.pictures import latents
+from kontext_jax.pictures.files import Picture
+from kontext_jax.pictures.sizes import Size, plan_sizes
 from kontext_jax.pipeline import Failure, Pipeline
 from kontext_jax.requests import PreparedRequest, SampleRequest, prepare_pictures
 from kontext_jax.runtime import sharding
 from kontext_jax.runtime.program_files import KeptProgram
-from kontext_jax.sizes import Size, plan_sizes
 from kontext_jax.tokenizing import TextIds
 
 TILES_LATER = "the autoencoder's programs for tiles are compiled when they first run"

@@ -13,8 +13,8 @@ from convert_weights.tables import TABLES
 from convert_weights.to_torch import FOLDERS, foreign_config
 from kontext_jax import checkpoint
 from kontext_jax.models.presets import CLIPConfig, MMDiTConfig, T5Config, VAEConfig
-from kontext_jax.tensor_files import DTYPES, TensorInfo
-from kontext_jax.tensor_writing import SafetensorsWriter
+from kontext_jax.storage.safetensors_reader import DTYPES, TensorInfo
+from kontext_jax.storage.safetensors_writer import SafetensorsWriter
 
 MMDIT = MMDiTConfig(
     in_channels=16,

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kontext_jax import latents
 from kontext_jax.flow.samplers import euler_sample
 from kontext_jax.hlo.collectives import collectives
 from kontext_jax.models import mmdit, token_layout
@@ -30,6 +29,7 @@ from kontext_jax.objectives.base import TokenBatch
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig, make_flow_matching
 from kontext_jax.ops.attention import attention
 from kontext_jax.ops.rope import rope_table
+from kontext_jax.pictures import latents
 from kontext_jax.runtime import sharding
 from kontext_jax.runtime.placement import Placement
 from kontext_jax.runtime.sharding import (

@@ -12,8 +12,8 @@ from kontext_jax.checkpoint import untrained_bundle
 from kontext_jax.data.config import DataConfig
 from kontext_jax.models.perceptual import ALEXNET
 from kontext_jax.perceptual_weights import FOLDER_VARIABLE, perceptual_shapes, save_perceptual
+from kontext_jax.storage.safetensors_reader import TensorFileError, flatten
 from kontext_jax.task_table import make_task
-from kontext_jax.tensor_files import TensorFileError, flatten
 from kontext_jax.training_bundle import training_bundle
 from kontext_jax.training_checkpoints import CheckpointConfig
 

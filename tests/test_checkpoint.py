@@ -16,7 +16,7 @@ from kontext_jax.checkpoint import (
     write_manifest,
 )
 from kontext_jax.models.presets import PRESETS
-from kontext_jax.tensor_files import TensorFileError, flatten
+from kontext_jax.storage.safetensors_reader import TensorFileError, flatten
 
 TINY = PRESETS["tiny"]
 

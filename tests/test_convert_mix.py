@@ -8,7 +8,7 @@ import pytest
 from convert_weights.__main__ import main
 from convert_weights.mix import mix
 from kontext_jax import checkpoint
-from kontext_jax.tensor_files import flatten, unflatten
+from kontext_jax.storage.safetensors_reader import flatten, unflatten
 
 FAST = {"default_num_steps": 2, "default_sampler": "renoise", "default_timesteps": (1.0, 0.4)}
 

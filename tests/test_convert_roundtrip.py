@@ -17,7 +17,7 @@ from convert_weights.to_jax import to_jax
 from convert_weights.to_torch import to_torch
 from kontext_jax import checkpoint
 from kontext_jax.models.presets import MMDiTConfig
-from kontext_jax.tensor_files import DTYPES, SafetensorsFile, flatten, open_tensors
+from kontext_jax.storage.safetensors_reader import DTYPES, SafetensorsFile, flatten, open_tensors
 from tests.convert_helpers import (
     CLIP,
     CONFIGS,

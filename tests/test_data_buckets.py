@@ -5,7 +5,6 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from kontext_jax import latents
 from kontext_jax.data.buckets import (
     Kind,
     aspect_mismatch,
@@ -16,6 +15,7 @@ from kontext_jax.data.buckets import (
     nearest_buckets,
 )
 from kontext_jax.data.transforms import fit_pictures, names_a_side
+from kontext_jax.pictures import latents
 
 SMALL = bucket_sizes(64)
 places = st.tuples(st.floats(0, 1), st.floats(0, 1))

@@ -20,7 +20,7 @@ from kontext_jax.data.examples import BadSample, ColumnNames, Example, ImageRef
 from kontext_jax.data.pair_records import pack_pair, unpack_pair
 from kontext_jax.data.parquet import _Cache
 from kontext_jax.data.sources import open_source, open_sources
-from kontext_jax.images import picture_size
+from kontext_jax.pictures.files import picture_size
 
 
 @pytest.mark.parametrize("format", WRITERS)

@@ -20,8 +20,8 @@ from kontext_jax.flops import mmdit_flops
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.objectives.guidance_distillation import GuidanceDistillationConfig
 from kontext_jax.plan import programs
+from kontext_jax.storage.safetensors_reader import flatten
 from kontext_jax.task_table import make_task
-from kontext_jax.tensor_files import flatten
 from kontext_jax.train_config import EvalConfig, TrainConfig
 from kontext_jax.train_loop import dry_run
 from kontext_jax.training_bundle import training_bundle

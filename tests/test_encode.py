@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kontext_jax import latents
 from kontext_jax.checkpoint import untrained_bundle
 from kontext_jax.conditioning import (
     encode_batch,
@@ -24,6 +23,7 @@ from kontext_jax.conditioning import (
 )
 from kontext_jax.data.batches import EncodedBatch
 from kontext_jax.models.presets import PRESETS
+from kontext_jax.pictures import latents
 from kontext_jax.tokenizing import Tokenizers
 
 ROOT = Path(__file__).parents[1]

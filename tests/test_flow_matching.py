@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 
-from kontext_jax import latents
 from kontext_jax.flow import path as flow
 from kontext_jax.flow.samplers import euler_sample
 from kontext_jax.models.mmdit import Conditioning, MMDiT, init_params, make_velocity_fn
@@ -23,6 +22,7 @@ from kontext_jax.objectives.flow_matching import (
 )
 from kontext_jax.ops.rope import rope_table
 from kontext_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from kontext_jax.pictures import latents
 
 CHANNELS, TARGET, NUM_TEXT = 4, (2, 2), 2
 KEY = jax.random.key(7)

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 
 import kontext_jax
 from convert_weights import open_foreign_bundle
-from kontext_jax import latents
 from kontext_jax.numerics import DIFFUSERS
+from kontext_jax.pictures import latents
 from kontext_jax.pipeline import Pipeline
 
 GOLDENS = Path(__file__).parent / "goldens"

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from kontext_jax import latents
 from kontext_jax.flow import path as flow
 from kontext_jax.flow.samplers import euler_sample
 from kontext_jax.models.layers import scale_time
 from kontext_jax.numerics import BFL, DIFFUSERS
 from kontext_jax.ops.rope import rope_table
+from kontext_jax.pictures import latents
 
 RULES = pytest.mark.parametrize("rules", [BFL, DIFFUSERS], ids=lambda rules: rules.name)
 SCHEDULES = pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kontext_jax import images
+from kontext_jax.pictures import files as images
 
 RNG = np.random.default_rng(0)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kontext_jax import latents
+from kontext_jax.pictures import latents
 
 
 def test_packing_puts_channels_slowest():

@@ -36,7 +36,7 @@ from kontext_jax.models.presets import PRESETS
 from kontext_jax.objectives.base import TokenBatch, mean_metrics
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig, make_flow_matching
 from kontext_jax.ops.rope import rope_table
-from kontext_jax.tensor_files import flatten, unflatten
+from kontext_jax.storage.safetensors_reader import flatten, unflatten
 from tests.convert_helpers import MMDIT
 from tests.lora_helpers import draw_adapter, draw_tree
 

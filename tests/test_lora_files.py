@@ -13,8 +13,8 @@ from convert_weights.rules import WeightMismatchError, make_plan
 from convert_weights.tables import TABLES
 from kontext_jax.adapters import Adapter, leaf_edits
 from kontext_jax.models.presets import PRESETS
-from kontext_jax.tensor_files import TensorInfo
-from kontext_jax.tensor_writing import SafetensorsWriter
+from kontext_jax.storage.safetensors_reader import TensorInfo
+from kontext_jax.storage.safetensors_writer import SafetensorsWriter
 from tests.convert_helpers import CLIP, MMDIT, T5, random_tensors
 from tests.lora_helpers import draw_adapter
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import print_saved_residuals
 
-from kontext_jax import latents
 from kontext_jax.flow.path import timestep_schedule
 from kontext_jax.flow.samplers import euler_sample
 from kontext_jax.models.layers import (
@@ -33,6 +32,7 @@ from kontext_jax.models.mmdit import (
 from kontext_jax.models.presets import PRESETS, MMDiTConfig
 from kontext_jax.numerics import BFL, DIFFUSERS, EXACT
 from kontext_jax.ops.rope import rope_table
+from kontext_jax.pictures import latents
 
 SMALL = MMDiTConfig(
     in_channels=8,

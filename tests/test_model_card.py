@@ -14,7 +14,7 @@ from kontext_jax.models.presets import PRESETS
 from kontext_jax.objectives.ladd import LADDConfig
 from kontext_jax.requests import SampleRequest, complete, prepare, request_from_dict
 from kontext_jax.runs import prepare_again
-from kontext_jax.tensor_files import TensorFileError
+from kontext_jax.storage.safetensors_reader import TensorFileError
 from kontext_jax.train_config import TrainConfig
 
 FAST = {

@@ -17,7 +17,12 @@ from kontext_jax.evaluation.fetch_perceptual import PickleError, our_leaves, rea
 from kontext_jax.models.perceptual import ALEXNET, NETS, VGG16, Conv, Perceptual, PerceptualConfig
 from kontext_jax.objectives.autoencoder import AutoencoderConfig
 from kontext_jax.perceptual_weights import load_perceptual, perceptual_shapes, save_perceptual
-from kontext_jax.tensor_files import SafetensorsFile, TensorFileError, flatten, unflatten
+from kontext_jax.storage.safetensors_reader import (
+    SafetensorsFile,
+    TensorFileError,
+    flatten,
+    unflatten,
+)
 
 SMALL = PerceptualConfig(
     stages=((Conv(4, kernel_size=5, stride=2, padding=2),), (Conv(6), Conv(6))),

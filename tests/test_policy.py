@@ -19,7 +19,7 @@ from kontext_jax.objectives.policy_distillation import (
     make_policy_distillation,
 )
 from kontext_jax.optimizer import OptimizerConfig, make_optimizer
-from kontext_jax.tensor_files import flatten
+from kontext_jax.storage.safetensors_reader import flatten
 from kontext_jax.train_state import make_train_state
 
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kontext_jax import images
-from kontext_jax.latents import PREFERRED_SIZES
 from kontext_jax.numerics import BFL, DIFFUSERS, EXACT, NUMERICS
-from kontext_jax.sizes import MAX_SIDE, plan_sizes, restoring_size
+from kontext_jax.pictures import files as images
+from kontext_jax.pictures.latents import PREFERRED_SIZES
+from kontext_jax.pictures.sizes import MAX_SIDE, plan_sizes, restoring_size
 
 MEGAPIXEL = 1.048576
 TINY = 0.065536

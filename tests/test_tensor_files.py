@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from kontext_jax import tensor_files
-from kontext_jax.tensor_files import (
+from kontext_jax.storage import safetensors_reader
+from kontext_jax.storage.safetensors_reader import (
     DTYPES,
     SafetensorsFile,
     Scratch,
@@ -23,7 +23,12 @@ from kontext_jax.tensor_files import (
     open_tensors,
     unflatten,
 )
-from kontext_jax.tensor_writing import SafetensorsWriter, ShardedWriter, plan_shards, write_folder
+from kontext_jax.storage.safetensors_writer import (
+    SafetensorsWriter,
+    ShardedWriter,
+    plan_shards,
+    write_folder,
+)
 
 A = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 B = {"dtype": "U8", "shape": [4], "data_offsets": [24, 28]}
@@ -248,7 +253,7 @@ def test_a_folder_with_several_sets_asks_for_one(tmp_path):
         open_tensors(tmp_path)
 
 
-@pytest.mark.parametrize("name", tensor_files.FLOAT_DTYPES)
+@pytest.mark.parametrize("name", safetensors_reader.FLOAT_DTYPES)
 def test_nonfinite_bits_are_seen_in_every_float_format(name):
     dtype = DTYPES[name]
     limits = ml_dtypes.finfo(dtype)

@@ -12,7 +12,7 @@ from config_tasks import read_config
 from light_task import LightTask
 
 from kontext_jax import metrics, train_config, train_loop
-from kontext_jax.images import read_metadata
+from kontext_jax.pictures.files import read_metadata
 from kontext_jax.runtime.sharding import MeshConfig, make_mesh
 from kontext_jax.task_table import TASKS
 from kontext_jax.training_checkpoints import CheckpointConfig, Checkpoints

@@ -19,8 +19,8 @@ from kontext_jax import checkpoint
 from kontext_jax.adapters import adapter_from_tree
 from kontext_jax.models.lora import LoraConfig, init_lora, merge
 from kontext_jax.models.presets import PRESETS
-from kontext_jax.step_folders import CheckpointError
-from kontext_jax.tensor_files import flatten
+from kontext_jax.storage.safetensors_reader import flatten
+from kontext_jax.storage.step_folders import CheckpointError
 from kontext_jax.train_state import make_train_state
 from kontext_jax.training_bundle import is_run, open_run
 from kontext_jax.training_checkpoints import Checkpoints

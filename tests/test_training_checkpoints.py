@@ -14,7 +14,8 @@ import optax
 import pytest
 from etils import epath
 
-from kontext_jax import array_store, step_folders
+from kontext_jax.storage import arrays as array_store
+from kontext_jax.storage import step_folders
 from kontext_jax.train_state import make_train_state
 from kontext_jax.training_checkpoints import (
     CheckpointConfig,

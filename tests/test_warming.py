@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import sample
-from kontext_jax import latents
 from kontext_jax.models.presets import PRESETS
+from kontext_jax.pictures import latents
 from kontext_jax.requests import SampleRequest
 from kontext_jax.warming import blank_requests
 

@@ -29,7 +29,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from kontext_jax import array_store, step_folders
+from kontext_jax.storage import arrays, step_folders
 
 ROOT = Path(__file__).parents[1]
 POLL_S = 0.0005
@@ -102,8 +102,8 @@ def unfinished_of(run: Path) -> list[int]:
 def final_state(run: Path) -> tuple[dict[str, np.ndarray], str]:
     """Every array of the newest checkpoint, and the position in the data."""
     folder = step_folders.absolute(checkpoints_of(run)) / str(newest_of(run))
-    stored = array_store.stored_leaves(folder / step_folders.ARRAYS)
-    loaded = array_store.load(folder / step_folders.ARRAYS, stored)
+    stored = arrays.stored_leaves(folder / step_folders.ARRAYS)
+    loaded = arrays.load(folder / step_folders.ARRAYS, stored)
     leaves = {
         f"{item}/{p}": np.asarray(x) for item, each in loaded.items() for p, x in each.items()
     }

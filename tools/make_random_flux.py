@@ -17,8 +17,8 @@ import numpy as np
 from convert_weights.rules import make_plan
 from convert_weights.tables import mmdit
 from kontext_jax.models.presets import MMDiTConfig
-from kontext_jax.tensor_files import TensorInfo
-from kontext_jax.tensor_writing import SafetensorsWriter
+from kontext_jax.storage.safetensors_reader import TensorInfo
+from kontext_jax.storage.safetensors_writer import SafetensorsWriter
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 

@@ -32,7 +32,7 @@ from kontext_jax.data import photo_edits, photos
 from kontext_jax.data.scenes import WORLDS
 from kontext_jax.evaluation import distilled
 from kontext_jax.model_card import CHECKS
-from kontext_jax.tensor_writing import write_folder
+from kontext_jax.storage.safetensors_writer import write_folder
 from kontext_jax.training_bundle import is_run, open_run
 
 LARGEST_MIB = {"whole": 32, "distilled": 16}

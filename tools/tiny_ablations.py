@@ -29,7 +29,7 @@ import numpy as np
 from pages import insert
 
 from convert_weights.runs import open_weights
-from kontext_jax import latents, task_table, train_config, train_loop
+from kontext_jax import task_table, train_config, train_loop
 from kontext_jax.checkpoint import Component
 from kontext_jax.command_line import load_config
 from kontext_jax.conditioning import make_conditioning
@@ -43,10 +43,11 @@ from kontext_jax.flow.samplers import euler_sample, guided_velocity_fn
 from kontext_jax.flow_matching_task import FlowMatchingTask
 from kontext_jax.models.mmdit import Conditioning, MMDiT, make_velocity_fn
 from kontext_jax.models.presets import PRESETS, MMDiTConfig
+from kontext_jax.pictures import latents
 from kontext_jax.runtime import programs
 from kontext_jax.stages import Stages
-from kontext_jax.tensor_files import unflatten
-from kontext_jax.tensor_writing import write_json
+from kontext_jax.storage.safetensors_reader import unflatten
+from kontext_jax.storage.safetensors_writer import write_json
 from kontext_jax.training_bundle import open_run
 
 SAMPLE_STEPS = 20

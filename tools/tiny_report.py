@@ -22,19 +22,19 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from convert_weights.runs import open_weights
-from kontext_jax import step_folders
 from kontext_jax.data.scenes import WORLDS
 from kontext_jax.evaluation import edit_report, edits, photographs
 from kontext_jax.evaluation.edit_features import Features
 from kontext_jax.evaluation.edit_model import Model
 from kontext_jax.evaluation.line_chart import Point, line_chart
-from kontext_jax.images import write_png
 from kontext_jax.perceptual_weights import load_perceptual
+from kontext_jax.pictures.files import write_png
 from kontext_jax.pipeline import Pipeline
 from kontext_jax.requests import SampleRequest, prepare
 from kontext_jax.runtime import programs
 from kontext_jax.stages import Stages
-from kontext_jax.tensor_writing import write_json
+from kontext_jax.storage import step_folders
+from kontext_jax.storage.safetensors_writer import write_json
 
 MARK = "<!-- results: written by tools/{} -->"
 DEMO = (  # image of the package, instruction

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kontext_jax import latents
-from kontext_jax.images import Box
-from kontext_jax.sizes import PREFERRED_AREA, Size
+from kontext_jax.pictures import latents
+from kontext_jax.pictures.files import Box
+from kontext_jax.pictures.sizes import PREFERRED_AREA, Size
 
 _SAME_ASPECT = 0.01  # difference of the logarithms of two ratios, beside rounding to whole pixels
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from kontext_jax import latents
+from kontext_jax.pictures import latents
 
 ON_BAD_SAMPLE = ("skip", "stop")
 

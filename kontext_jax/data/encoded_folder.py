@@ -17,8 +17,8 @@ from kontext_jax.data.encoded_records import (
     facts_hash,
     write_beside,
 )
-from kontext_jax.tensor_files import SafetensorsFile, TensorFileError, TensorInfo
-from kontext_jax.tensor_writing import SafetensorsWriter
+from kontext_jax.storage.safetensors_reader import SafetensorsFile, TensorFileError, TensorInfo
+from kontext_jax.storage.safetensors_writer import SafetensorsWriter
 
 FORMAT = 1
 MANIFEST = "manifest.json"

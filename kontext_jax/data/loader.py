@@ -20,7 +20,7 @@ from kontext_jax.data.dataset import Dataset, is_bad, open_dataset
 from kontext_jax.data.examples import BadSample, Example
 from kontext_jax.data.plan import Plan, PlannedBatch, resumed_step, sample_places
 from kontext_jax.data.transforms import fit_pictures, names_a_side
-from kontext_jax.images import quiet_pillow
+from kontext_jax.pictures.files import quiet_pillow
 
 _MANY = 1 << 40  # steps; more than any run takes
 

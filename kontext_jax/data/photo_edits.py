@@ -12,7 +12,6 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from kontext_jax import latents
 from kontext_jax.data import photos
 from kontext_jax.data.scenes import (
     COLOURS,
@@ -25,6 +24,7 @@ from kontext_jax.data.scenes import (
     place_things,
     restyle,
 )
+from kontext_jax.pictures import latents
 
 SPLITS = ("train", "held_out")
 KEEP = "keep"

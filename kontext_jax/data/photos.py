@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from kontext_jax.images import load_picture
+from kontext_jax.pictures.files import load_picture
 
 HELD_OUT = "held_out"
 EXTRA = "pip install -e '.[photos]'"

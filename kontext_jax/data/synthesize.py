@@ -31,7 +31,7 @@ from kontext_jax.data.encoded_records import ShardWriter, facts_hash, lock_part
 from kontext_jax.data.encoding_jobs import read_stored
 from kontext_jax.data.index import hash_id
 from kontext_jax.encoding import Networks, check_room, progress_line, size_text
-from kontext_jax.latents import PIXELS_PER_TOKEN
+from kontext_jax.pictures.latents import PIXELS_PER_TOKEN
 from kontext_jax.runtime.placement import parse_mesh, sampling_mesh
 from kontext_jax.stages import DTYPES, Stages
 from kontext_jax.synthesis import CachedGivens, Givens, PromptGivens, Recipe, Synthesis, choose

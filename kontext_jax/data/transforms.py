@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kontext_jax import images
 from kontext_jax.data.buckets import Kind, crop_boxes
+from kontext_jax.pictures import files as images
 
 # A picture whose text has one of these is not mirrored; it would no longer say what is seen.
 _SIDES = re.compile(

@@ -309,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--num is {args.num}; rates of fewer than 20 edits say nothing")
 
     from convert_weights.runs import open_weights
-    from kontext_jax.images import write_png
+    from kontext_jax.pictures.files import write_png
     from kontext_jax.runtime import programs
     from kontext_jax.stages import Stages
 

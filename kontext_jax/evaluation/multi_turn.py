@@ -271,7 +271,7 @@ def write_report(
     out: Path, settings: Mapping, rows: Sequence[OpenRow], report: Mapping[str, Sequence[Mapping]]
 ) -> None:
     """Writes multi_turn.json, .csv, .md and .png."""
-    from kontext_jax.images import write_png
+    from kontext_jax.pictures.files import write_png
 
     out.mkdir(parents=True, exist_ok=True)
     facts = {row.name: row.facts for row in rows}

@@ -25,10 +25,10 @@ from PIL import Image
 
 from kontext_jax.command_line import Parser
 from kontext_jax.evaluation.reconstruction_metrics import METRICS, measure
-from kontext_jax.images import load_picture
 from kontext_jax.models.perceptual import VGG16, Perceptual
 from kontext_jax.models.vae import VAE
 from kontext_jax.perceptual_weights import load_perceptual
+from kontext_jax.pictures.files import load_picture
 from kontext_jax.runtime.sharding import MeshConfig, activation_rules, batch_shardings, make_mesh
 from kontext_jax.types import Params
 
@@ -299,7 +299,7 @@ def run(args: Any) -> int:
     """Measures as the command line says, and prints the table."""
     from convert_weights.runs import open_weights
     from kontext_jax.runtime import programs
-    from kontext_jax.tensor_writing import write_json
+    from kontext_jax.storage.safetensors_writer import write_json
 
     for name in ("num", "size", "batch_size"):
         if getattr(args, name) < 1:

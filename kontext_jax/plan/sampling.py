@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kontext_jax import latents
 from kontext_jax.checkpoint import parameter_shapes, untrained_bundle
 from kontext_jax.flops import mmdit_flops
 from kontext_jax.model_card import Sampler
@@ -21,6 +20,7 @@ from kontext_jax.models.mmdit import block_form_for, unstacked
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.models.vae import VAE
 from kontext_jax.models.vae_tiling import vae_peak_bytes
+from kontext_jax.pictures import latents
 from kontext_jax.plan.programs import Program
 from kontext_jax.plan.targets import Target
 from kontext_jax.runtime import placement, sharding

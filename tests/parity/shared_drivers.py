@@ -18,7 +18,6 @@ import pytest
 from shared_cases import Call
 
 from convert_weights import read_component
-from kontext_jax import images, latents
 from kontext_jax.flow import path as flow
 from kontext_jax.flow.samplers import euler_sample, guided_velocity_fn
 from kontext_jax.models.clip import CLIPText
@@ -36,6 +35,8 @@ from kontext_jax.models.token_layout import TokenLayout
 from kontext_jax.models.vae import VAE
 from kontext_jax.numerics import EXACT, NUMERICS
 from kontext_jax.ops.rope import full_width, rope_table
+from kontext_jax.pictures import files as images
+from kontext_jax.pictures import latents
 
 
 def to_nhwc(x) -> jax.Array:

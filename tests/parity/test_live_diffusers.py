@@ -16,9 +16,9 @@ from pipeline_driver import edit, open_pipeline, plan_like_diffusers
 
 import kontext_jax
 from convert_weights.__main__ import main as convert_weights
-from kontext_jax import latents
 from kontext_jax.numerics import BFL, DIFFUSERS, EXACT
-from kontext_jax.sizes import MAX_SIDE, plan_sizes
+from kontext_jax.pictures import latents
+from kontext_jax.pictures.sizes import MAX_SIDE, plan_sizes
 
 pytestmark = pytest.mark.parity
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 
 from etils import epath
 
-from kontext_jax import checksums
+from kontext_jax.storage import checksums
 
 FORMAT = 1
 MANIFEST, ARRAYS, DATA_STATE, CONFIG = "manifest.json", "arrays", "data_state.json", "config.json"

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from kontext_jax.tensor_files import DTYPE_NAMES, TensorInfo
+from kontext_jax.storage.safetensors_reader import DTYPE_NAMES, TensorInfo
 
 FLUSH_BYTES = 2**20  # smaller slices are left to the kernel
 SLICES_ON_THE_WAY = 2

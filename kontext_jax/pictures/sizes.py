@@ -12,9 +12,9 @@ import math
 import re
 from collections.abc import Sequence
 
-from kontext_jax import latents
-from kontext_jax.images import Box
 from kontext_jax.numerics import Numerics
+from kontext_jax.pictures import latents
+from kontext_jax.pictures.files import Box
 
 Size = tuple[int, int]
 """(width, height) in pixels."""
