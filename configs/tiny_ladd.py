@@ -10,7 +10,7 @@ docs/distillation.md, which has what else was tried).
 """
 
 from kontext_jax.data.config import DataConfig
-from kontext_jax.models.feature_heads import FeatureHeadsConfig
+from kontext_jax.models.judges.feature_heads import FeatureHeadsConfig
 from kontext_jax.objectives.ladd import LADDConfig
 from kontext_jax.optimizer import OptimizerConfig
 from kontext_jax.train_config import EvalConfig, LogConfig, TrainConfig, config_dict

@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 
 from kontext_jax.checkpoint import Place
 from kontext_jax.data.batches import ImageBatch
-from kontext_jax.models.discriminators import PatchDiscriminator
-from kontext_jax.models.perceptual import NETS, Perceptual
+from kontext_jax.models.judges.discriminators import PatchDiscriminator
+from kontext_jax.models.judges.perceptual import NETS, Perceptual
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.models.vae import VAE
 from kontext_jax.objectives.adversarial import Adversary

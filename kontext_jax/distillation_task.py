@@ -5,9 +5,9 @@ from typing import Any
 
 from kontext_jax import config_tree
 from kontext_jax.checkpoint import ModelBundle, Place
-from kontext_jax.flops import mmdit_flops
 from kontext_jax.flow.guidance import cfg
 from kontext_jax.model_card import defaults_of_run
+from kontext_jax.models.flops import mmdit_flops
 from kontext_jax.models.presets import MMDiTConfig
 from kontext_jax.objectives.base import TokenBatch
 from kontext_jax.objectives.guidance_distillation import (

@@ -22,20 +22,20 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kontext_jax.checkpoint import ModelBundle
-from kontext_jax.conditioning import (
-    Encoders,
-    encode_pictures,
-    encode_prompts,
-    load_encoder_params,
-    make_encoders,
-)
 from kontext_jax.data.buckets import Kind
 from kontext_jax.data.dataset import Dataset
 from kontext_jax.data.encoded_records import CacheError, SampleEntry, ShardWriter, prompt_key
 from kontext_jax.data.encoding_jobs import Cutting, Job
 from kontext_jax.data.examples import BadSample
 from kontext_jax.metrics import duration
-from kontext_jax.tokenizing import Tokenizers
+from kontext_jax.models.conditioning import (
+    Encoders,
+    encode_pictures,
+    encode_prompts,
+    load_encoder_params,
+    make_encoders,
+)
+from kontext_jax.models.tokenizing import Tokenizers
 
 Tell = Callable[[str], None]
 _TOLD = 5  # bad samples of each reason

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from kontext_jax.distillation_task import DistillationTask
-from kontext_jax.models.feature_heads import FeatureHeads
-from kontext_jax.models.features import evenly_spaced, make_feature_fn
+from kontext_jax.models.judges.feature_heads import FeatureHeads
+from kontext_jax.models.judges.features import evenly_spaced, make_feature_fn
 from kontext_jax.objectives.adversarial import Adversary
 from kontext_jax.objectives.base import TokenBatch
 from kontext_jax.objectives.ladd import LADDConfig, make_ladd, start_ladd

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kontext_jax.checkpoint import Place, place_leaves
-from kontext_jax.models.perceptual import NETS, Perceptual, PerceptualConfig
+from kontext_jax.models.judges.perceptual import NETS, Perceptual, PerceptualConfig
 from kontext_jax.runtime.programs import default_cache_dir
 from kontext_jax.storage.safetensors_reader import (
     SafetensorsFile,

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kontext_jax import conditioning
 from kontext_jax.checkpoint import Listed, ModelBundle
 from kontext_jax.flow import path as flow
 from kontext_jax.flow.samplers import guided_velocity_fn, make_sampler, seed_words
 from kontext_jax.model_card import Sampler
+from kontext_jax.models import conditioning
 from kontext_jax.models.clip import CLIPText
 from kontext_jax.models.mmdit import (
     BLOCK_STACKS,
@@ -29,6 +29,7 @@ from kontext_jax.models.mmdit import (
     prepare_steps,
 )
 from kontext_jax.models.t5 import T5Encoder
+from kontext_jax.models.tokenizing import Tokenizers
 from kontext_jax.models.vae import VAE
 from kontext_jax.models.vae_tiling import decode_tiled, encode_tiled, vae_peak_bytes
 from kontext_jax.numerics import EXACT, Numerics
@@ -38,7 +39,6 @@ from kontext_jax.runtime.chips import chip_of
 from kontext_jax.runtime.placement import Placement, format_mesh
 from kontext_jax.runtime.program_files import ExecutableFiles
 from kontext_jax.runtime.programs import Executables, Timings
-from kontext_jax.tokenizing import Tokenizers
 from kontext_jax.types import Params
 
 TILE_PX = 512

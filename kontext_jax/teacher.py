@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kontext_jax import conditioning
 from kontext_jax.checkpoint import (
     NO_EDITS,
     Component,
@@ -30,6 +29,7 @@ from kontext_jax.checkpoint import (
     read_edited,
     untrained_leaf,
 )
+from kontext_jax.models import conditioning
 from kontext_jax.models.mmdit import Conditioning, MMDiT, Remat, make_velocity_fn
 from kontext_jax.models.presets import MMDiTConfig
 from kontext_jax.objectives.base import TokenBatch

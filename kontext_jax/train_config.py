@@ -14,8 +14,8 @@ import ml_collections
 
 from kontext_jax import config_tree
 from kontext_jax.data.config import DataConfig
-from kontext_jax.models.discriminators import DiscriminatorConfig
-from kontext_jax.models.feature_heads import FeatureHeadsConfig
+from kontext_jax.models.judges.discriminators import DiscriminatorConfig
+from kontext_jax.models.judges.feature_heads import FeatureHeadsConfig
 from kontext_jax.models.lora import LoraConfig
 from kontext_jax.models.mmdit import Remat
 from kontext_jax.models.presets import PRESETS, Preset

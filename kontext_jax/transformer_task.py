@@ -8,15 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kontext_jax import conditioning
 from kontext_jax.checkpoint import Component, ModelBundle, Place, untrained_bundle
-from kontext_jax.conditioning import encode_batch, tokens_of
 from kontext_jax.data.batches import EncodedBatch, ImageBatch
-from kontext_jax.flops import Flops, mmdit_flops
 from kontext_jax.flow.path import sampling_schedule
 from kontext_jax.flow.samplers import initial_noise, make_sampler, seed_words
+from kontext_jax.models import conditioning
+from kontext_jax.models.conditioning import encode_batch, tokens_of
+from kontext_jax.models.flops import Flops, mmdit_flops
 from kontext_jax.models.mmdit import Conditioning, MMDiT, init_params, make_velocity_fn
 from kontext_jax.models.presets import PRESETS, Preset
+from kontext_jax.models.tokenizing import Tokenizers
 from kontext_jax.objectives.base import Objective, TokenBatch, num_samples
 from kontext_jax.ops.attention import Backend, backend_for
 from kontext_jax.optimizer import make_optimizer, make_schedule
@@ -24,7 +25,6 @@ from kontext_jax.pictures import latents
 from kontext_jax.runtime.chips import peak_flops
 from kontext_jax.runtime.sharding import batch_shardings, shard_batch
 from kontext_jax.teacher import with_guidance_input, with_velocities
-from kontext_jax.tokenizing import Tokenizers
 from kontext_jax.train_config import TrainConfig
 from kontext_jax.train_state import TrainState, make_train_state
 from kontext_jax.training_tasks import DTYPES, Devices, OpenWeights, Work

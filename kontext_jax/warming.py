@@ -19,6 +19,7 @@ import numpy as np
 from kontext_jax.checkpoint import parameter_shapes
 from kontext_jax.models.mmdit import unstacked
 from kontext_jax.models.presets import Preset
+from kontext_jax.models.tokenizing import TextIds
 from kontext_jax.models.vae import VAE
 from kontext_jax.numerics import NUMERICS
 from kontext_jax.pictures import latents
@@ -28,7 +29,6 @@ from kontext_jax.pipeline import Failure, Pipeline
 from kontext_jax.requests import PreparedRequest, SampleRequest, prepare_pictures
 from kontext_jax.runtime import sharding
 from kontext_jax.runtime.program_files import KeptProgram
-from kontext_jax.tokenizing import TextIds
 
 TILES_LATER = "the autoencoder's programs for tiles are compiled when they first run"
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from kontext_jax.models.discriminators import DiscriminatorConfig, PatchDiscriminator
+from kontext_jax.models.judges.discriminators import DiscriminatorConfig, PatchDiscriminator
 from kontext_jax.objectives.adversarial import (
     Adversary,
     adaptive_weight,

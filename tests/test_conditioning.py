@@ -14,18 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kontext_jax
-from kontext_jax.conditioning import (
+from kontext_jax.models.clip import CLIPText
+from kontext_jax.models.conditioning import (
     encode_text,
     make_conditioning,
     reference_tokens,
 )
-from kontext_jax.models.clip import CLIPText
 from kontext_jax.models.presets import PRESETS, CLIPConfig, MMDiTConfig, T5Config
 from kontext_jax.models.t5 import T5Encoder
+from kontext_jax.models.tokenizing import Tokenizers
 from kontext_jax.numerics import DIFFUSERS
 from kontext_jax.ops.rope import rope_table
 from kontext_jax.pictures import latents
-from kontext_jax.tokenizing import Tokenizers
 
 ASSETS = Path(kontext_jax.__file__).parent / "assets" / "tokenizers"
 TINY = PRESETS["tiny"]

@@ -12,11 +12,12 @@ from config_tasks import count, read_config, trace_step
 from encode_helpers import run, write_pairs
 from interrupted_runs import run_whole_and_broken
 
-from kontext_jax import conditioning, train_config
+from kontext_jax import train_config
 from kontext_jax.checkpoint import untrained_bundle
 from kontext_jax.data.config import DataConfig
 from kontext_jax.data.mixing import MixedBatches
-from kontext_jax.flops import mmdit_flops
+from kontext_jax.models import conditioning
+from kontext_jax.models.flops import mmdit_flops
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.objectives.guidance_distillation import GuidanceDistillationConfig
 from kontext_jax.plan import programs

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from kontext_jax.checkpoint import untrained_bundle
-from kontext_jax.conditioning import (
+from kontext_jax.data.batches import EncodedBatch
+from kontext_jax.models.conditioning import (
     encode_batch,
     load_encoder_params,
     make_conditioning,
@@ -21,10 +22,9 @@ from kontext_jax.conditioning import (
     null_text,
     tokens_of,
 )
-from kontext_jax.data.batches import EncodedBatch
 from kontext_jax.models.presets import PRESETS
+from kontext_jax.models.tokenizing import Tokenizers
 from kontext_jax.pictures import latents
-from kontext_jax.tokenizing import Tokenizers
 
 ROOT = Path(__file__).parents[1]
 TINY = PRESETS["tiny"]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import print_saved_residuals
 
-from kontext_jax.models.feature_heads import FeatureHeads, FeatureHeadsConfig
-from kontext_jax.models.features import evenly_spaced, make_feature_fn
+from kontext_jax.models.judges.feature_heads import FeatureHeads, FeatureHeadsConfig
+from kontext_jax.models.judges.features import evenly_spaced, make_feature_fn
 from kontext_jax.models.mmdit import (
     Conditioning,
     MMDiT,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kontext_jax.flops import mmdit_flops
+from kontext_jax.models.flops import mmdit_flops
 from kontext_jax.models.mmdit import MMDiT, init_params
 from kontext_jax.models.presets import PRESETS, MMDiTConfig
 from kontext_jax.runtime.chips import peak_flops

@@ -10,7 +10,7 @@ import pytest
 
 from kontext_jax.flow import path as flow
 from kontext_jax.flow.samplers import euler_sample
-from kontext_jax.models.feature_heads import FeatureHeads, FeatureHeadsConfig
+from kontext_jax.models.judges.feature_heads import FeatureHeads, FeatureHeadsConfig
 from kontext_jax.objectives.adversarial import Adversary
 from kontext_jax.objectives.base import TokenBatch, sample_keys, use_key
 from kontext_jax.objectives.ladd import (

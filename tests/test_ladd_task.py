@@ -11,7 +11,7 @@ from interrupted_runs import run_whole_and_broken
 
 from kontext_jax.checkpoint import untrained_bundle
 from kontext_jax.data.config import DataConfig
-from kontext_jax.models.feature_heads import FeatureHeadsConfig
+from kontext_jax.models.judges.feature_heads import FeatureHeadsConfig
 from kontext_jax.objectives.ladd import LADDConfig
 from kontext_jax.task_table import make_task
 from kontext_jax.train_config import EvalConfig

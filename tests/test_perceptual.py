@@ -14,7 +14,14 @@ import pytest
 
 from kontext_jax.evaluation import fetch_perceptual
 from kontext_jax.evaluation.fetch_perceptual import PickleError, our_leaves, read_pickled_arrays
-from kontext_jax.models.perceptual import ALEXNET, NETS, VGG16, Conv, Perceptual, PerceptualConfig
+from kontext_jax.models.judges.perceptual import (
+    ALEXNET,
+    NETS,
+    VGG16,
+    Conv,
+    Perceptual,
+    PerceptualConfig,
+)
 from kontext_jax.objectives.autoencoder import AutoencoderConfig
 from kontext_jax.perceptual_weights import load_perceptual, perceptual_shapes, save_perceptual
 from kontext_jax.storage.safetensors_reader import (

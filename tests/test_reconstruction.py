@@ -28,7 +28,7 @@ from kontext_jax.evaluation.reconstruction import (
     table,
 )
 from kontext_jax.evaluation.reconstruction_metrics import METRICS, psnr, ssim
-from kontext_jax.models.perceptual import Conv, Perceptual, PerceptualConfig
+from kontext_jax.models.judges.perceptual import Conv, Perceptual, PerceptualConfig
 from kontext_jax.models.presets import VAEConfig
 from kontext_jax.models.vae import VAE
 

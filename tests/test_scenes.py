@@ -22,7 +22,7 @@ from kontext_jax.data.scenes import (
     change_mask,
     render,
 )
-from kontext_jax.tokenizing import Tokenizers
+from kontext_jax.models.tokenizing import Tokenizers
 
 FULL, EASY = WORLDS["full"], WORLDS["easy"]
 WITH_CAPTIONS = dataclasses.replace(FULL, kinds=(*FULL.kinds, CAPTION))

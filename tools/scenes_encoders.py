@@ -21,16 +21,16 @@ import numpy as np
 
 from convert_weights.runs import open_weights
 from kontext_jax.checkpoint import ASSETS, TOKENIZERS, save_component, write_manifest
-from kontext_jax.conditioning import encode_text
 from kontext_jax.data.photo_edits import PhotoSource
 from kontext_jax.data.scenes import CAPTION, WORLDS, SceneSource, World, render
 from kontext_jax.models.clip import CLIPText
+from kontext_jax.models.conditioning import encode_text
 from kontext_jax.models.presets import PRESETS, CLIPConfig, Preset, T5Config
 from kontext_jax.models.t5 import T5Encoder
+from kontext_jax.models.tokenizing import Tokenizers
 from kontext_jax.models.vae import VAE
 from kontext_jax.pictures.latents import pixels_to_model
 from kontext_jax.storage.safetensors_writer import write_folder
-from kontext_jax.tokenizing import Tokenizers
 from kontext_jax.types import Params
 
 LOOKS_AT = (-1, 1, -2, 2)  # words from each of T5's heads

@@ -32,15 +32,15 @@ from convert_weights.runs import open_weights
 from kontext_jax import task_table, train_config, train_loop
 from kontext_jax.checkpoint import Component
 from kontext_jax.command_line import load_config
-from kontext_jax.conditioning import make_conditioning
 from kontext_jax.data.scenes import WORLDS
 from kontext_jax.evaluation import edits
 from kontext_jax.evaluation.edit_model import Model
 from kontext_jax.evaluation.edit_report import markdown, rate_text
-from kontext_jax.flops import mmdit_flops
 from kontext_jax.flow.path import timestep_schedule
 from kontext_jax.flow.samplers import euler_sample, guided_velocity_fn
 from kontext_jax.flow_matching_task import FlowMatchingTask
+from kontext_jax.models.conditioning import make_conditioning
+from kontext_jax.models.flops import mmdit_flops
 from kontext_jax.models.mmdit import Conditioning, MMDiT, make_velocity_fn
 from kontext_jax.models.presets import PRESETS, MMDiTConfig
 from kontext_jax.pictures import latents

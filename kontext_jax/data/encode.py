@@ -23,7 +23,6 @@ import numpy as np
 import PIL
 
 from kontext_jax.checkpoint import ModelBundle, untrained_bundle
-from kontext_jax.conditioning import encoder_facts
 from kontext_jax.data import encoded_folder
 from kontext_jax.data.buckets import bucket_sizes
 from kontext_jax.data.check import add_options, parse_arguments
@@ -33,6 +32,7 @@ from kontext_jax.data.encoded_records import ShardWriter, facts_hash, lock_part
 from kontext_jax.data.encoding_jobs import Cutting, bytes_needed, list_jobs, read_stored
 from kontext_jax.data.filters import FilterError
 from kontext_jax.encoding import Encoding, Networks, check_room, progress_line, size_text
+from kontext_jax.models.conditioning import encoder_facts
 from kontext_jax.stages import DTYPES
 
 DATA_OPTIONS = (

@@ -23,7 +23,6 @@ import jax
 import numpy as np
 
 from kontext_jax.checkpoint import ModelBundle
-from kontext_jax.conditioning import ENCODER_KINDS, encoder_facts
 from kontext_jax.data import encoded_folder
 from kontext_jax.data.cache import EncodedCache
 from kontext_jax.data.check import parse_arguments
@@ -31,6 +30,7 @@ from kontext_jax.data.encoded_records import ShardWriter, facts_hash, lock_part
 from kontext_jax.data.encoding_jobs import read_stored
 from kontext_jax.data.index import hash_id
 from kontext_jax.encoding import Networks, check_room, progress_line, size_text
+from kontext_jax.models.conditioning import ENCODER_KINDS, encoder_facts
 from kontext_jax.pictures.latents import PIXELS_PER_TOKEN
 from kontext_jax.runtime.placement import parse_mesh, sampling_mesh
 from kontext_jax.stages import DTYPES, Stages

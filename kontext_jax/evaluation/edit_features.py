@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kontext_jax.models.perceptual import VGG16, Perceptual
+from kontext_jax.models.judges.perceptual import VGG16, Perceptual
 from kontext_jax.pictures.latents import pixels_to_model
 from kontext_jax.types import Params
 

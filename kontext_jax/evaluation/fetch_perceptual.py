@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from kontext_jax.command_line import Parser
-from kontext_jax.models.perceptual import NETS
+from kontext_jax.models.judges.perceptual import NETS
 from kontext_jax.perceptual_weights import COMMAND, perceptual_dir, save_perceptual
 from kontext_jax.storage.safetensors_reader import flatten
 

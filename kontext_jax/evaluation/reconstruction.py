@@ -25,7 +25,7 @@ from PIL import Image
 
 from kontext_jax.command_line import Parser
 from kontext_jax.evaluation.reconstruction_metrics import METRICS, measure
-from kontext_jax.models.perceptual import VGG16, Perceptual
+from kontext_jax.models.judges.perceptual import VGG16, Perceptual
 from kontext_jax.models.vae import VAE
 from kontext_jax.perceptual_weights import load_perceptual
 from kontext_jax.pictures.files import load_picture

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kontext_jax.models.perceptual import Perceptual
+from kontext_jax.models.judges.perceptual import Perceptual
 from kontext_jax.types import Params
 
 METRICS = ("pdist_a", "pdist_b", "ssim", "psnr")

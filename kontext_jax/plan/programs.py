@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kontext_jax import conditioning
 from kontext_jax.checkpoint import parameter_shapes, untrained_bundle
 from kontext_jax.data.buckets import bucket_sizes
+from kontext_jax.models import conditioning
 from kontext_jax.models.presets import PRESETS, Preset
 from kontext_jax.ops.attention import backend_for
 from kontext_jax.plan.targets import Target

@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kontext_jax.checkpoint import parameter_shapes, untrained_bundle
-from kontext_jax.flops import mmdit_flops
 from kontext_jax.model_card import Sampler
+from kontext_jax.models.flops import mmdit_flops
 from kontext_jax.models.mmdit import block_form_for, unstacked
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.models.vae import VAE

@@ -11,12 +11,12 @@ from shared_drivers import denoise_trajectory, pe_of, to_nchw, to_nhwc
 from convert_weights import open_foreign_bundle
 from kontext_jax.flow import path as flow
 from kontext_jax.models.mmdit import Conditioning, MMDiT
+from kontext_jax.models.tokenizing import Tokenizers
 from kontext_jax.numerics import DIFFUSERS, Numerics
 from kontext_jax.pictures import files as images
 from kontext_jax.pictures import latents
 from kontext_jax.pictures.sizes import SizePlan, plan_sizes
 from kontext_jax.pipeline import Pipeline
-from kontext_jax.tokenizing import Tokenizers
 
 DEFAULT_MAX_AREA = 1024**2
 DEFAULT_TEXT_TOKENS = 512

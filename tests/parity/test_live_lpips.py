@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from kontext_jax.models.perceptual import NETS, Perceptual
+from kontext_jax.models.judges.perceptual import NETS, Perceptual
 
 pytestmark = pytest.mark.parity
 THEIR_NAMES = {"vgg16": "vgg", "alexnet": "alex"}

@@ -27,12 +27,12 @@ from kontext_jax.models.clip import CLIPText
 from kontext_jax.models.mmdit import Conditioning
 from kontext_jax.models.presets import MMDiTConfig, Preset
 from kontext_jax.models.t5 import T5Encoder
+from kontext_jax.models.tokenizing import TextIds, Tokenizers
 from kontext_jax.models.vae import VAE
 from kontext_jax.numerics import EXACT, Numerics
 from kontext_jax.objectives.base import TokenBatch
 from kontext_jax.ops.rope import rope_table
 from kontext_jax.pictures import latents
-from kontext_jax.tokenizing import TextIds, Tokenizers
 from kontext_jax.types import Array, Float, Latents, Params, Tokens, UInt8, typed
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from kontext_jax.models.convolution import convolve
-from kontext_jax.models.discriminators import PatchNorm, activate
+from kontext_jax.models.judges.discriminators import PatchNorm, activate
 from kontext_jax.models.layers import (
     TIME_FACTOR,
     Dense,
