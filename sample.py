@@ -178,9 +178,9 @@ def open_weights(
     shapes_suffice: bool = False,
 ):
     """The bundle that --weights, --model, --raw-params and --checkpoint mean."""
-    from kontext_jax import checkpoint
     from kontext_jax.models.presets import PRESETS
     from kontext_jax.requests import did_you_mean
+    from kontext_jax.weights import bundle as checkpoint
 
     model_or_shipped = model or SHIPPED
     if weights is None and model_or_shipped in checkpoint.PACKAGED:
@@ -208,7 +208,7 @@ def open_weights(
 
 def model_of(recipe) -> str:
     """The model that a picture was made by, if it needed no --weights; else its preset."""
-    from kontext_jax import checkpoint
+    from kontext_jax.weights import bundle as checkpoint
 
     for name, folder in checkpoint.PACKAGED.items():
         if folder.is_dir() and recipe.weights == checkpoint.shipped_bundle(name).identity:
@@ -243,7 +243,8 @@ def add_loras(bundle, given: list[str] | None, recipe):
       (bundle, whether they are those of the picture).
     """
     from convert_weights.lora import open_adapter
-    from kontext_jax import adapters, runs
+    from kontext_jax import runs
+    from kontext_jax.weights import adapters
 
     if given is not None:
         wanted = [parse_lora(text) for text in given]

@@ -21,12 +21,12 @@ from pathlib import Path
 import common
 import jax
 
-from kontext_jax import checkpoint
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.pipeline import Failure, Pipeline
 from kontext_jax.requests import PreparedRequest, SampleRequest
 from kontext_jax.runtime import programs as compiling
 from kontext_jax.warming import WarmingPipeline, blank_requests
+from kontext_jax.weights import bundle as checkpoint
 
 EDIT_TIMER = "an edit from prompt and pictures to pixels, host to host; not loading or compiling"
 START_TIMER = "making all programs of an edit in a process that has none in memory"

@@ -20,9 +20,9 @@ from convert_weights.mix import mix
 from convert_weights.runs import run_to_jax, run_to_torch
 from convert_weights.to_jax import Summary, to_jax
 from convert_weights.to_torch import LAYOUTS, to_torch
-from kontext_jax.checkpoint import as_dtype
 from kontext_jax.models.presets import PRESETS
-from kontext_jax.training_bundle import ITEM_OF, is_run
+from kontext_jax.weights.bundle import as_dtype
+from kontext_jax.weights.run import ITEM_OF, is_run
 
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -13,10 +13,10 @@ from convert_weights.layouts import TITLES, guess_preset
 from convert_weights.rules import WeightMismatchError, difference_lines
 from convert_weights.sources import naming_hints, resolve
 from convert_weights.to_jax import Advance, gather
-from kontext_jax import checkpoint
-from kontext_jax.checkpoint import KINDS
 from kontext_jax.models.presets import PRESETS, Config
 from kontext_jax.storage.safetensors_reader import dtype_name
+from kontext_jax.weights import bundle as checkpoint
+from kontext_jax.weights.bundle import KINDS
 
 
 def open_any(path: str, axes_dim: tuple[int, ...] | None = None) -> dict[str, AnyComponent]:

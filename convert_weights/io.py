@@ -23,7 +23,6 @@ from convert_weights.layouts import (
 )
 from convert_weights.rules import Move, Plan, WeightMismatchError, difference_lines, make_plan
 from convert_weights.tables import TABLES
-from kontext_jax import checkpoint
 from kontext_jax.models.presets import Config
 from kontext_jax.storage.safetensors_reader import (
     DTYPES,
@@ -37,6 +36,7 @@ from kontext_jax.storage.safetensors_reader import (
     has_nonfinite,
     open_tensors,
 )
+from kontext_jax.weights import bundle as checkpoint
 
 NUM_THREADS = 2
 _FLOATS = frozenset(FLOAT_DTYPES.values())

@@ -25,7 +25,6 @@ from convert_weights.lora_layers import (
 )
 from convert_weights.rules import WeightMismatchError, natural_key
 from convert_weights.tables import lora as table
-from kontext_jax.adapters import Adapter, Changes, LowRank, Place
 from kontext_jax.models.presets import Config
 from kontext_jax.storage.safetensors_reader import (
     FLOAT_DTYPES,
@@ -35,7 +34,8 @@ from kontext_jax.storage.safetensors_reader import (
     has_nonfinite,
     open_tensors,
 )
-from kontext_jax.training_bundle import Which, adapter_of_run, is_run, open_run
+from kontext_jax.weights.adapters import Adapter, Changes, LowRank, Place
+from kontext_jax.weights.run import Which, adapter_of_run, is_run, open_run
 
 PEFT_METADATA = "lora_adapter_metadata"  # diffusers' key in a file's header
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's own folder

@@ -13,11 +13,11 @@ from convert_weights.layouts import TITLES
 from convert_weights.lora import open_adapter, open_networks
 from convert_weights.rules import WeightMismatchError
 from convert_weights.tables import lora as table
-from kontext_jax.adapters import Adapter
 from kontext_jax.models.presets import PRESETS, Config
 from kontext_jax.storage.safetensors_reader import TensorInfo, cast
 from kontext_jax.storage.safetensors_writer import SafetensorsWriter
-from kontext_jax.training_bundle import Which, is_run, open_run
+from kontext_jax.weights.adapters import Adapter
+from kontext_jax.weights.run import Which, is_run, open_run
 
 LAYOUTS = tuple(table.WRITTEN)
 

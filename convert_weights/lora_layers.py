@@ -16,8 +16,8 @@ import numpy as np
 from convert_weights.rules import Flip, Move, Part, Row, make_plan
 from convert_weights.tables import TABLES
 from convert_weights.tables.lora import XLABS, XLABS_SECTIONS
-from kontext_jax.adapters import LowRank
 from kontext_jax.models.presets import Config
+from kontext_jax.weights.adapters import LowRank
 
 OUTPUTS, INPUTS = 0, 1  # axes of a published weight [out, in]
 

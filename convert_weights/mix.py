@@ -15,11 +15,11 @@ from convert_weights.layouts import TITLES
 from convert_weights.rules import WeightMismatchError
 from convert_weights.runs import open_weights
 from convert_weights.to_jax import Advance, Summary, copy_tokenizer, require_room
-from kontext_jax import checkpoint
-from kontext_jax.checkpoint import Component, ModelBundle
 from kontext_jax.storage.safetensors_reader import dtype_name, flatten
 from kontext_jax.storage.safetensors_writer import write_folder
-from kontext_jax.training_bundle import own_defaults
+from kontext_jax.weights import bundle as checkpoint
+from kontext_jax.weights.bundle import Component, ModelBundle
+from kontext_jax.weights.run import own_defaults
 
 
 def mix(

@@ -12,12 +12,12 @@ from convert_weights.layouts import TITLES
 from convert_weights.sources import open_foreign_bundle
 from convert_weights.to_jax import Advance, Summary, require_room
 from convert_weights.to_torch import to_torch
-from kontext_jax import checkpoint
-from kontext_jax.model_card import defaults_of_run
 from kontext_jax.models.presets import PRESETS, Config
 from kontext_jax.storage.safetensors_reader import TensorInfo, dtype_name, flatten
 from kontext_jax.storage.safetensors_writer import SafetensorsWriter, write_folder, write_json
-from kontext_jax.training_bundle import TrainedTree, Which, is_run, open_run, training_bundle
+from kontext_jax.weights import bundle as checkpoint
+from kontext_jax.weights.card import defaults_of_run
+from kontext_jax.weights.run import TrainedTree, Which, is_run, open_run, training_bundle
 
 
 def open_weights(

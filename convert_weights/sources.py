@@ -26,9 +26,9 @@ from convert_weights.io import ForeignComponent, open_components
 from convert_weights.layouts import TITLES, guess_preset, preset_for, read_json_object
 from convert_weights.rules import WeightMismatchError
 from convert_weights.scheduler import read_sampling
-from kontext_jax import checkpoint
-from kontext_jax.checkpoint import KINDS
 from kontext_jax.models.presets import Preset
+from kontext_jax.weights import bundle as checkpoint
+from kontext_jax.weights.bundle import KINDS
 
 PLACES = {
     "mmdit": ("transformer/", "flux1-*.safetensors"),

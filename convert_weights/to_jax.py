@@ -26,8 +26,6 @@ from convert_weights.sources import (
     resolve,
     tokenizer_kind,
 )
-from kontext_jax import checkpoint
-from kontext_jax.checkpoint import KINDS
 from kontext_jax.storage.safetensors_reader import (
     TensorFileError,
     TensorInfo,
@@ -35,6 +33,8 @@ from kontext_jax.storage.safetensors_reader import (
     find_safetensors,
 )
 from kontext_jax.storage.safetensors_writer import SafetensorsWriter, write_folder, write_json
+from kontext_jax.weights import bundle as checkpoint
+from kontext_jax.weights.bundle import KINDS
 
 Advance = Callable[[int], None]
 """Told how many bytes of the source have been dealt with since the last call."""

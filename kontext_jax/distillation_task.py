@@ -4,9 +4,7 @@ import dataclasses
 from typing import Any
 
 from kontext_jax import config_tree
-from kontext_jax.checkpoint import ModelBundle, Place
 from kontext_jax.flow.guidance import cfg
-from kontext_jax.model_card import defaults_of_run
 from kontext_jax.models.flops import mmdit_flops
 from kontext_jax.models.presets import MMDiTConfig
 from kontext_jax.objectives.base import TokenBatch
@@ -19,6 +17,8 @@ from kontext_jax.teacher import NO_GUIDANCE, Teacher
 from kontext_jax.train_config import TrainConfig
 from kontext_jax.training_tasks import OpenWeights, Work
 from kontext_jax.transformer_task import TransformerTask
+from kontext_jax.weights.bundle import ModelBundle, Place
+from kontext_jax.weights.card import defaults_of_run
 
 # What a teacher and its student must share, since both are given the same tokens and positions.
 SHARED_SIZES = (

@@ -21,7 +21,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kontext_jax.checkpoint import ModelBundle
 from kontext_jax.data.buckets import Kind
 from kontext_jax.data.dataset import Dataset
 from kontext_jax.data.encoded_records import CacheError, SampleEntry, ShardWriter, prompt_key
@@ -36,6 +35,7 @@ from kontext_jax.models.conditioning import (
     make_encoders,
 )
 from kontext_jax.models.tokenizing import Tokenizers
+from kontext_jax.weights.bundle import ModelBundle
 
 Tell = Callable[[str], None]
 _TOLD = 5  # bad samples of each reason

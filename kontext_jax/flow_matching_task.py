@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 
-from kontext_jax.checkpoint import Place, parameter_shapes
 from kontext_jax.models.lora import init_lora, scaled
 from kontext_jax.models.mmdit import Conditioning, make_velocity_fn
 from kontext_jax.objectives.base import TokenBatch
@@ -13,6 +12,7 @@ from kontext_jax.train_config import TrainConfig
 from kontext_jax.training_tasks import OpenWeights, Work
 from kontext_jax.transformer_task import TransformerTask
 from kontext_jax.types import Params, VelocityFn
+from kontext_jax.weights.bundle import Place, parameter_shapes
 
 
 class FlowMatchingTask(TransformerTask):

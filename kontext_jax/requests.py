@@ -14,12 +14,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
-from kontext_jax.model_card import SAMPLERS, check_timesteps
 from kontext_jax.models.presets import Preset
 from kontext_jax.numerics import NUMERICS, Numerics
 from kontext_jax.pictures.files import Picture, load_picture
 from kontext_jax.pictures.latents import PositionRule
 from kontext_jax.pictures.sizes import SizePlan, plan_sizes
+from kontext_jax.weights.card import SAMPLERS, check_timesteps
 
 # Pictures that ship with the package.
 EXAMPLES = {"example:cat": "cat.jpg", "example:shapes": "shapes.png"}

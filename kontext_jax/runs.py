@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 
-from kontext_jax.adapters import AppliedAdapter
 from kontext_jax.models.presets import Preset
 from kontext_jax.pictures import files as images
 from kontext_jax.pipeline import MAX_BATCH, METADATA_FORMAT, Failure, Pipeline, Place, versions
@@ -26,6 +25,7 @@ from kontext_jax.requests import (
     request_from_dict,
 )
 from kontext_jax.runtime.placement import format_mesh, num_batch_parts, parse_mesh
+from kontext_jax.weights.adapters import AppliedAdapter
 
 Tell = Callable[[str], None]
 

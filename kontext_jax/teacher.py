@@ -17,7 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kontext_jax.checkpoint import (
+from kontext_jax.models import conditioning
+from kontext_jax.models.mmdit import Conditioning, MMDiT, Remat, make_velocity_fn
+from kontext_jax.models.presets import MMDiTConfig
+from kontext_jax.objectives.base import TokenBatch
+from kontext_jax.ops.attention import Backend
+from kontext_jax.storage.safetensors_reader import cast, flatten
+from kontext_jax.types import Params
+from kontext_jax.weights.bundle import (
     NO_EDITS,
     Component,
     Edits,
@@ -29,13 +36,6 @@ from kontext_jax.checkpoint import (
     read_edited,
     untrained_leaf,
 )
-from kontext_jax.models import conditioning
-from kontext_jax.models.mmdit import Conditioning, MMDiT, Remat, make_velocity_fn
-from kontext_jax.models.presets import MMDiTConfig
-from kontext_jax.objectives.base import TokenBatch
-from kontext_jax.ops.attention import Backend
-from kontext_jax.storage.safetensors_reader import cast, flatten
-from kontext_jax.types import Params
 
 NO_GUIDANCE = 1.0  # what a network that takes guidance is told, to be the conditional one
 

@@ -20,7 +20,6 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
 from kontext_jax import config_tree, train_config
-from kontext_jax.checkpoint import Place
 from kontext_jax.metrics import Speed
 from kontext_jax.objectives.base import mean_metrics, use_key
 from kontext_jax.runtime import compiler_options
@@ -43,6 +42,7 @@ from kontext_jax.training_checkpoints import Checkpoints, config_difference
 from kontext_jax.training_data import Reading, held_out_batches, open_data
 from kontext_jax.training_journal import CONFIG_FILE, Journal, Profile, is_due
 from kontext_jax.training_tasks import Devices, OpenWeights, Task, Tell
+from kontext_jax.weights.bundle import Place
 
 CHECKPOINTS, INDEX = "checkpoints", "data_index"
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kontext_jax.checkpoint import Component, ModelBundle, Place, untrained_bundle
 from kontext_jax.data.batches import EncodedBatch, ImageBatch
 from kontext_jax.flow.path import sampling_schedule
 from kontext_jax.flow.samplers import initial_noise, make_sampler, seed_words
@@ -29,6 +28,7 @@ from kontext_jax.train_config import TrainConfig
 from kontext_jax.train_state import TrainState, make_train_state
 from kontext_jax.training_tasks import DTYPES, Devices, OpenWeights, Work
 from kontext_jax.types import Params, VelocityFn
+from kontext_jax.weights.bundle import Component, ModelBundle, Place, untrained_bundle
 
 UNTRAINED = "untrained"  # in place of a path to the encoders
 

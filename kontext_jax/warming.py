@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kontext_jax.checkpoint import parameter_shapes
 from kontext_jax.models.mmdit import unstacked
 from kontext_jax.models.presets import Preset
 from kontext_jax.models.tokenizing import TextIds
@@ -29,6 +28,7 @@ from kontext_jax.pipeline import Failure, Pipeline
 from kontext_jax.requests import PreparedRequest, SampleRequest, prepare_pictures
 from kontext_jax.runtime import sharding
 from kontext_jax.runtime.program_files import KeptProgram
+from kontext_jax.weights.bundle import parameter_shapes
 
 TILES_LATER = "the autoencoder's programs for tiles are compiled when they first run"
 

@@ -11,10 +11,10 @@ from convert_weights.io import ForeignComponent
 from convert_weights.rules import make_plan
 from convert_weights.tables import TABLES
 from convert_weights.to_torch import FOLDERS, foreign_config
-from kontext_jax import checkpoint
 from kontext_jax.models.presets import CLIPConfig, MMDiTConfig, T5Config, VAEConfig
 from kontext_jax.storage.safetensors_reader import DTYPES, TensorInfo
 from kontext_jax.storage.safetensors_writer import SafetensorsWriter
+from kontext_jax.weights import bundle as checkpoint
 
 MMDIT = MMDiTConfig(
     in_channels=16,

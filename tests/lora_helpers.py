@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 
-from kontext_jax.adapters import Adapter, adapter_from_tree
-from kontext_jax.checkpoint import parameter_shapes
 from kontext_jax.models.lora import LoraConfig, init_lora
+from kontext_jax.weights.adapters import Adapter, adapter_from_tree
+from kontext_jax.weights.bundle import parameter_shapes
 
 
 def draw_tree(config, targets=("all-linear",), rank: int = 3, seed: int = 0) -> dict:

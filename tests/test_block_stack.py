@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from kontext_jax import stages
-from kontext_jax.checkpoint import Listed, untrained_bundle
 from kontext_jax.models import lora
 from kontext_jax.models.mmdit import (
     BLOCK_STACKS,
@@ -19,6 +18,7 @@ from kontext_jax.models.mmdit import (
 from kontext_jax.models.presets import MMDiTConfig
 from kontext_jax.ops.rope import rope_table
 from kontext_jax.runtime import sharding
+from kontext_jax.weights.bundle import Listed, untrained_bundle
 
 CONFIG = MMDiTConfig(
     in_channels=8,

@@ -8,15 +8,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kontext_jax import checkpoint
-from kontext_jax.checkpoint import (
+from kontext_jax.models.presets import PRESETS
+from kontext_jax.storage.safetensors_reader import TensorFileError, flatten
+from kontext_jax.weights import bundle as checkpoint
+from kontext_jax.weights.bundle import (
     open_bundle,
     save_component,
     untrained_bundle,
     write_manifest,
 )
-from kontext_jax.models.presets import PRESETS
-from kontext_jax.storage.safetensors_reader import TensorFileError, flatten
 
 TINY = PRESETS["tiny"]
 

@@ -7,8 +7,8 @@ import pytest
 
 from convert_weights.__main__ import main
 from convert_weights.mix import mix
-from kontext_jax import checkpoint
 from kontext_jax.storage.safetensors_reader import flatten, unflatten
+from kontext_jax.weights import bundle as checkpoint
 
 FAST = {"default_num_steps": 2, "default_sampler": "renoise", "default_timesteps": (1.0, 0.4)}
 

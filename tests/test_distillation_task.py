@@ -13,7 +13,6 @@ from encode_helpers import run, write_pairs
 from interrupted_runs import run_whole_and_broken
 
 from kontext_jax import train_config
-from kontext_jax.checkpoint import untrained_bundle
 from kontext_jax.data.config import DataConfig
 from kontext_jax.data.mixing import MixedBatches
 from kontext_jax.models import conditioning
@@ -25,8 +24,9 @@ from kontext_jax.storage.safetensors_reader import flatten
 from kontext_jax.task_table import make_task
 from kontext_jax.train_config import EvalConfig, TrainConfig
 from kontext_jax.train_loop import dry_run
-from kontext_jax.training_bundle import training_bundle
 from kontext_jax.training_checkpoints import CheckpointConfig
+from kontext_jax.weights.bundle import untrained_bundle
+from kontext_jax.weights.run import training_bundle
 
 TINY = read_config("tiny_guidance_distill")
 

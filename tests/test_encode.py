@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kontext_jax.checkpoint import untrained_bundle
 from kontext_jax.data.batches import EncodedBatch
 from kontext_jax.models.conditioning import (
     encode_batch,
@@ -25,6 +24,7 @@ from kontext_jax.models.conditioning import (
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.models.tokenizing import Tokenizers
 from kontext_jax.pictures import latents
+from kontext_jax.weights.bundle import untrained_bundle
 
 ROOT = Path(__file__).parents[1]
 TINY = PRESETS["tiny"]

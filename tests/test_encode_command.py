@@ -17,13 +17,13 @@ from encode_helpers import HandEncoders, contents, latents_of, run, text_of, wri
 from PIL import Image
 
 from kontext_jax import encoding
-from kontext_jax.checkpoint import untrained_bundle
 from kontext_jax.data import encode, encoding_jobs
 from kontext_jax.data.cache import CachedBatches, EncodedCache
 from kontext_jax.data.config import DataConfig
 from kontext_jax.data.encoded_records import CacheError, Shard, ShardWriter, shard_paths
 from kontext_jax.data.loader import make_loader
 from kontext_jax.models.conditioning import encode_batch, encoder_facts
+from kontext_jax.weights.bundle import untrained_bundle
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,16 +10,6 @@ import numpy as np
 import optax
 import pytest
 
-from kontext_jax import checkpoint
-from kontext_jax.adapters import (
-    Adapter,
-    Changes,
-    LowRank,
-    adapter_from_tree,
-    leaf_edits,
-    with_adapters,
-)
-from kontext_jax.checkpoint import parameter_shapes, untrained_bundle
 from kontext_jax.models.lora import (
     TARGETS,
     LoraConfig,
@@ -37,6 +27,16 @@ from kontext_jax.objectives.base import TokenBatch, mean_metrics
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig, make_flow_matching
 from kontext_jax.ops.rope import rope_table
 from kontext_jax.storage.safetensors_reader import flatten, unflatten
+from kontext_jax.weights import bundle as checkpoint
+from kontext_jax.weights.adapters import (
+    Adapter,
+    Changes,
+    LowRank,
+    adapter_from_tree,
+    leaf_edits,
+    with_adapters,
+)
+from kontext_jax.weights.bundle import parameter_shapes, untrained_bundle
 from tests.convert_helpers import MMDIT
 from tests.lora_helpers import draw_adapter, draw_tree
 

@@ -11,10 +11,10 @@ from convert_weights.lora import read_lora
 from convert_weights.lora_export import lora_tensors, write_lora
 from convert_weights.rules import WeightMismatchError, make_plan
 from convert_weights.tables import TABLES
-from kontext_jax.adapters import Adapter, leaf_edits
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.storage.safetensors_reader import TensorInfo
 from kontext_jax.storage.safetensors_writer import SafetensorsWriter
+from kontext_jax.weights.adapters import Adapter, leaf_edits
 from tests.convert_helpers import CLIP, MMDIT, T5, random_tensors
 from tests.lora_helpers import draw_adapter
 

@@ -23,13 +23,13 @@ from kontext_jax.models.judges.perceptual import (
     PerceptualConfig,
 )
 from kontext_jax.objectives.autoencoder import AutoencoderConfig
-from kontext_jax.perceptual_weights import load_perceptual, perceptual_shapes, save_perceptual
 from kontext_jax.storage.safetensors_reader import (
     SafetensorsFile,
     TensorFileError,
     flatten,
     unflatten,
 )
+from kontext_jax.weights.perceptual import load_perceptual, perceptual_shapes, save_perceptual
 
 SMALL = PerceptualConfig(
     stages=((Conv(4, kernel_size=5, stride=2, padding=2),), (Conv(6), Conv(6))),

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kontext_jax import checkpoint
 from kontext_jax.models.presets import PRESETS, MMDiTConfig, VAEConfig
 from kontext_jax.numerics import EXACT
 from kontext_jax.pipeline import Failure, Pipeline, Place
 from kontext_jax.requests import SampleRequest, prepare
+from kontext_jax.weights import bundle as checkpoint
 
 MICRO = dataclasses.replace(
     PRESETS["tiny"],

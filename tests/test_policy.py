@@ -10,7 +10,6 @@ import pytest
 import toy2d
 
 from kontext_jax import teacher
-from kontext_jax.checkpoint import untrained_bundle
 from kontext_jax.flow import policy
 from kontext_jax.flow.samplers import euler_sample, make_sampler, policy_sample
 from kontext_jax.models.presets import PRESETS
@@ -21,6 +20,7 @@ from kontext_jax.objectives.policy_distillation import (
 from kontext_jax.optimizer import OptimizerConfig, make_optimizer
 from kontext_jax.storage.safetensors_reader import flatten
 from kontext_jax.train_state import make_train_state
+from kontext_jax.weights.bundle import untrained_bundle
 
 
 def small_steps(estimates, x, t, end, tau, num_steps=16_000):

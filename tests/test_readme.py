@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from convert_weights.__main__ import main as convert_weights
-from kontext_jax import checkpoint
+from kontext_jax.weights import bundle as checkpoint
 
 ROOT = Path(__file__).parents[1]
 SET_UP = ("python3 -m venv", ".venv/bin/")

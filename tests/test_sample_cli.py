@@ -15,11 +15,12 @@ from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from convert_weights.lora_export import write_lora
-from kontext_jax import checkpoint, runs
+from kontext_jax import runs
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.pictures import files as images
 from kontext_jax.requests import find_image
 from kontext_jax.runtime.programs import CACHE_VARIABLE
+from kontext_jax.weights import bundle as checkpoint
 from tests.lora_helpers import draw_adapter
 
 SCRIPT = Path(__file__).parents[1] / "sample.py"

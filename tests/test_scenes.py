@@ -6,7 +6,6 @@ import itertools
 import numpy as np
 import pytest
 
-from kontext_jax.checkpoint import ASSETS
 from kontext_jax.data.scene_source import DrawnSource
 from kontext_jax.data.scenes import (
     CAPTION,
@@ -23,6 +22,7 @@ from kontext_jax.data.scenes import (
     render,
 )
 from kontext_jax.models.tokenizing import Tokenizers
+from kontext_jax.weights.bundle import ASSETS
 
 FULL, EASY = WORLDS["full"], WORLDS["easy"]
 WITH_CAPTIONS = dataclasses.replace(FULL, kinds=(*FULL.kinds, CAPTION))

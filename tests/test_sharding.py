@@ -19,7 +19,6 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from kontext_jax import config_tree
-from kontext_jax.checkpoint import parameter_shapes
 from kontext_jax.models.lora import LoraConfig, init_lora
 from kontext_jax.models.presets import CONFIG_CLASSES, PRESETS
 from kontext_jax.objectives.base import TokenBatch
@@ -28,6 +27,7 @@ from kontext_jax.runtime import sharding
 from kontext_jax.runtime.sharding import MeshConfig
 from kontext_jax.train_state import make_train_state
 from kontext_jax.training_checkpoints import config_difference
+from kontext_jax.weights.bundle import parameter_shapes
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,15 +15,15 @@ from convert_weights import read_component
 from convert_weights.__main__ import main as convert
 from convert_weights.lora import open_adapter
 from convert_weights.runs import open_weights
-from kontext_jax import checkpoint
-from kontext_jax.adapters import adapter_from_tree
 from kontext_jax.models.lora import LoraConfig, init_lora, merge
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.storage.safetensors_reader import flatten
 from kontext_jax.storage.step_folders import CheckpointError
 from kontext_jax.train_state import make_train_state
-from kontext_jax.training_bundle import is_run, open_run
 from kontext_jax.training_checkpoints import Checkpoints
+from kontext_jax.weights import bundle as checkpoint
+from kontext_jax.weights.adapters import adapter_from_tree
+from kontext_jax.weights.run import is_run, open_run
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
@@ -89,7 +89,7 @@ def test_average_is_the_default_and_parameters_can_be_had(run, trained):
 
 
 def test_leaves_come_in_the_dtype_and_place_asked_for(run, trained, monkeypatch):
-    monkeypatch.setattr("kontext_jax.training_bundle.BATCH_BYTES", 2**16)  # many batches
+    monkeypatch.setattr("kontext_jax.weights.run.BATCH_BYTES", 2**16)  # many batches
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     asked = []
 

@@ -21,19 +21,19 @@ import jax.numpy as jnp
 
 from convert_weights.runs import open_weights
 from convert_weights.to_jax import copy_tokenizer
-from kontext_jax.checkpoint import (
+from kontext_jax.data import photo_edits, photos
+from kontext_jax.data.scenes import WORLDS
+from kontext_jax.evaluation import distilled
+from kontext_jax.storage.safetensors_writer import write_folder
+from kontext_jax.weights.bundle import (
     KINDS,
     ModelBundle,
     open_params,
     save_component,
     write_manifest,
 )
-from kontext_jax.data import photo_edits, photos
-from kontext_jax.data.scenes import WORLDS
-from kontext_jax.evaluation import distilled
-from kontext_jax.model_card import CHECKS
-from kontext_jax.storage.safetensors_writer import write_folder
-from kontext_jax.training_bundle import is_run, open_run
+from kontext_jax.weights.card import CHECKS
+from kontext_jax.weights.run import is_run, open_run
 
 LARGEST_MIB = {"whole": 32, "distilled": 16}
 DTYPES = {"mmdit": jnp.bfloat16, "t5": jnp.bfloat16, "clip": jnp.bfloat16, "vae": jnp.float32}

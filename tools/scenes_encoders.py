@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert_weights.runs import open_weights
-from kontext_jax.checkpoint import ASSETS, TOKENIZERS, save_component, write_manifest
 from kontext_jax.data.photo_edits import PhotoSource
 from kontext_jax.data.scenes import CAPTION, WORLDS, SceneSource, World, render
 from kontext_jax.models.clip import CLIPText
@@ -32,6 +31,7 @@ from kontext_jax.models.vae import VAE
 from kontext_jax.pictures.latents import pixels_to_model
 from kontext_jax.storage.safetensors_writer import write_folder
 from kontext_jax.types import Params
+from kontext_jax.weights.bundle import ASSETS, TOKENIZERS, save_component, write_manifest
 
 LOOKS_AT = (-1, 1, -2, 2)  # words from each of T5's heads
 ATTENTION_BIAS = 8.0

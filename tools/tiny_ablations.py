@@ -30,7 +30,6 @@ from pages import insert
 
 from convert_weights.runs import open_weights
 from kontext_jax import task_table, train_config, train_loop
-from kontext_jax.checkpoint import Component
 from kontext_jax.command_line import load_config
 from kontext_jax.data.scenes import WORLDS
 from kontext_jax.evaluation import edits
@@ -48,7 +47,8 @@ from kontext_jax.runtime import programs
 from kontext_jax.stages import Stages
 from kontext_jax.storage.safetensors_reader import unflatten
 from kontext_jax.storage.safetensors_writer import write_json
-from kontext_jax.training_bundle import open_run
+from kontext_jax.weights.bundle import Component
+from kontext_jax.weights.run import open_run
 
 SAMPLE_STEPS = 20
 CONFIG = Path(__file__).parents[1] / "configs/tiny_kontext.py"

@@ -22,7 +22,6 @@ import jax
 import numpy as np
 import PIL
 
-from kontext_jax.checkpoint import ModelBundle, untrained_bundle
 from kontext_jax.data import encoded_folder
 from kontext_jax.data.buckets import bucket_sizes
 from kontext_jax.data.check import add_options, parse_arguments
@@ -34,6 +33,7 @@ from kontext_jax.data.filters import FilterError
 from kontext_jax.encoding import Encoding, Networks, check_room, progress_line, size_text
 from kontext_jax.models.conditioning import encoder_facts
 from kontext_jax.stages import DTYPES
+from kontext_jax.weights.bundle import ModelBundle, untrained_bundle
 
 DATA_OPTIONS = (
     *("target_column", "context_columns", "text_column", "id_column"),

@@ -22,7 +22,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from kontext_jax.checkpoint import ModelBundle
 from kontext_jax.data import encoded_folder
 from kontext_jax.data.cache import EncodedCache
 from kontext_jax.data.check import parse_arguments
@@ -35,6 +34,7 @@ from kontext_jax.pictures.latents import PIXELS_PER_TOKEN
 from kontext_jax.runtime.placement import parse_mesh, sampling_mesh
 from kontext_jax.stages import DTYPES, Stages
 from kontext_jax.synthesis import CachedGivens, Givens, PromptGivens, Recipe, Synthesis, choose
+from kontext_jax.weights.bundle import ModelBundle
 
 DEFAULT_GUIDANCE, DEFAULT_NUM_STEPS = 2.5, 28
 

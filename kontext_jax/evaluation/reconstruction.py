@@ -27,10 +27,10 @@ from kontext_jax.command_line import Parser
 from kontext_jax.evaluation.reconstruction_metrics import METRICS, measure
 from kontext_jax.models.judges.perceptual import VGG16, Perceptual
 from kontext_jax.models.vae import VAE
-from kontext_jax.perceptual_weights import load_perceptual
 from kontext_jax.pictures.files import load_picture
 from kontext_jax.runtime.sharding import MeshConfig, activation_rules, batch_shardings, make_mesh
 from kontext_jax.types import Params
+from kontext_jax.weights.perceptual import load_perceptual
 
 # Kontext (arXiv:2506.15742), table 1: 4,096 pictures of ImageNet at 256², and its ± figures.
 PAPER = {

@@ -8,12 +8,12 @@ What a row does not say is as the model's own card has it, as for any request.
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from kontext_jax import checkpoint
-from kontext_jax.checkpoint import ModelBundle
 from kontext_jax.evaluation.edit_model import Model
-from kontext_jax.model_card import Sampler
 from kontext_jax.requests import SampleRequest, complete, did_you_mean
 from kontext_jax.stages import Stages
+from kontext_jax.weights import bundle as checkpoint
+from kontext_jax.weights.bundle import ModelBundle
+from kontext_jax.weights.card import Sampler
 
 FIELDS = {"steps": int, "sampler": str, "guidance": float, "cfg": float}
 

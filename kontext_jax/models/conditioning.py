@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kontext_jax.checkpoint import ModelBundle, Place, component_identity
 from kontext_jax.data.batches import EncodedBatch
 from kontext_jax.models.clip import CLIPText
 from kontext_jax.models.mmdit import Conditioning
@@ -34,6 +33,7 @@ from kontext_jax.objectives.base import TokenBatch
 from kontext_jax.ops.rope import rope_table
 from kontext_jax.pictures import latents
 from kontext_jax.types import Array, Float, Latents, Params, Tokens, UInt8, typed
+from kontext_jax.weights.bundle import ModelBundle, Place, component_identity
 
 
 def encode_text(

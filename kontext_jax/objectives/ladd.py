@@ -26,7 +26,6 @@ import optax
 from jax import lax
 
 from kontext_jax.flow import path as flow
-from kontext_jax.model_card import check_timesteps
 from kontext_jax.objectives.adversarial import (
     Adversary,
     Networks,
@@ -49,6 +48,7 @@ from kontext_jax.objectives.draws import draw_noise, means_by_time
 from kontext_jax.objectives.flow_matching import Predict
 from kontext_jax.train_state import TrainState, make_train_state
 from kontext_jax.types import Params
+from kontext_jax.weights.card import check_timesteps
 
 Features = Callable[[Any, jax.Array, jax.Array, TokenBatch], Sequence[jax.Array]]
 """`features(frozen, x_t [B, L, C], t [B], batch) -> [[B, …], …]` of the frozen teacher.

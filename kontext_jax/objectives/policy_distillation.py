@@ -20,7 +20,6 @@ from jax import lax
 
 from kontext_jax.flow import path as flow
 from kontext_jax.flow import policy
-from kontext_jax.model_card import check_timesteps
 from kontext_jax.objectives.base import (
     Objective,
     TokenBatch,
@@ -33,6 +32,7 @@ from kontext_jax.objectives.flow_matching import Predict
 from kontext_jax.objectives.guidance_distillation import Teach, relative_error
 from kontext_jax.train_state import make_train_state
 from kontext_jax.types import Params
+from kontext_jax.weights.card import check_timesteps
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from kontext_jax.command_line import SETTING, Parser, split_settings
-from kontext_jax.model_card import SAMPLERS
+from kontext_jax.weights.card import SAMPLERS
 
 STAGES = ("text", "encode", "prepare", "run", "decode")
 EPILOG = """examples:

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kontext_jax.checkpoint import parameter_shapes, untrained_bundle
 from kontext_jax.data.buckets import bucket_sizes
 from kontext_jax.models import conditioning
 from kontext_jax.models.presets import PRESETS, Preset
@@ -27,6 +26,7 @@ from kontext_jax.train_config import DISTILLATIONS, TrainConfig
 from kontext_jax.train_loop import abstract_state, check_batch_size, tree_bytes
 from kontext_jax.training_tasks import DTYPES
 from kontext_jax.transformer_task import UNTRAINED
+from kontext_jax.weights.bundle import parameter_shapes, untrained_bundle
 
 
 @dataclasses.dataclass(frozen=True)

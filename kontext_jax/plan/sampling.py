@@ -13,8 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kontext_jax.checkpoint import parameter_shapes, untrained_bundle
-from kontext_jax.model_card import Sampler
 from kontext_jax.models.flops import mmdit_flops
 from kontext_jax.models.mmdit import block_form_for, unstacked
 from kontext_jax.models.presets import PRESETS
@@ -28,6 +26,8 @@ from kontext_jax.runtime.sharding import MeshConfig
 from kontext_jax.stages import Stages
 from kontext_jax.train_loop import tree_bytes
 from kontext_jax.warming import BlankTokenizers
+from kontext_jax.weights.bundle import parameter_shapes, untrained_bundle
+from kontext_jax.weights.card import Sampler
 
 WEIGHTS_USED_BY = {  # program → networks whose weights are its arguments
     "text": ("t5", "clip"),

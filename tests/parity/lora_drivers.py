@@ -7,9 +7,9 @@ from shared_cases import Call
 from shared_drivers import known_fields, load_mmdit, pe_of
 
 from convert_weights.lora import read_lora
-from kontext_jax.adapters import Adapter, leaf_edits
 from kontext_jax.models.presets import MMDiTConfig
 from kontext_jax.storage.safetensors_reader import flatten, unflatten
+from kontext_jax.weights.adapters import Adapter, leaf_edits
 
 
 def merged(params, adapter: Adapter, scale: float):

@@ -15,11 +15,11 @@ from shared_drivers import pe_of
 from convert_weights import read_component
 from convert_weights.lora import read_lora
 from convert_weights.lora_export import write_lora
-from kontext_jax.adapters import adapter_from_tree
-from kontext_jax.checkpoint import ASSETS, parameter_shapes
 from kontext_jax.models.lora import LoraConfig, init_lora
 from kontext_jax.models.mmdit import MMDiT
 from kontext_jax.pictures import latents
+from kontext_jax.weights.adapters import adapter_from_tree
+from kontext_jax.weights.bundle import ASSETS, parameter_shapes
 
 pytestmark = pytest.mark.parity
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kontext_jax.checkpoint import Place, place_leaves
 from kontext_jax.models.judges.perceptual import NETS, Perceptual, PerceptualConfig
 from kontext_jax.runtime.programs import default_cache_dir
 from kontext_jax.storage.safetensors_reader import (
@@ -24,6 +23,7 @@ from kontext_jax.storage.safetensors_reader import (
     flatten,
 )
 from kontext_jax.storage.safetensors_writer import SafetensorsWriter
+from kontext_jax.weights.bundle import Place, place_leaves
 
 if TYPE_CHECKING:
     import jax

@@ -20,8 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from etils import epath
 
-from kontext_jax.adapters import Adapter, adapter_from_tree, with_adapters
-from kontext_jax.checkpoint import (
+from kontext_jax.models.presets import PRESETS, Config, Preset
+from kontext_jax.storage import arrays, step_folders
+from kontext_jax.storage.safetensors_reader import flatten, unflatten
+from kontext_jax.storage.step_folders import ARRAYS, CONFIG, CheckpointError
+from kontext_jax.weights.adapters import Adapter, adapter_from_tree, with_adapters
+from kontext_jax.weights.bundle import (
     KINDS,
     NO_EDITS,
     Component,
@@ -33,11 +37,7 @@ from kontext_jax.checkpoint import (
     read_edited,
     untrained_bundle,
 )
-from kontext_jax.model_card import CHECKS, defaults_of_run
-from kontext_jax.models.presets import PRESETS, Config, Preset
-from kontext_jax.storage import arrays, step_folders
-from kontext_jax.storage.safetensors_reader import flatten, unflatten
-from kontext_jax.storage.step_folders import ARRAYS, CONFIG, CheckpointError
+from kontext_jax.weights.card import CHECKS, defaults_of_run
 
 if TYPE_CHECKING:
     import jax

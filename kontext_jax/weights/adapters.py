@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from kontext_jax.checkpoint import NO_EDITS, Component, Edits, ModelBundle
 from kontext_jax.storage.safetensors_reader import flatten
+from kontext_jax.weights.bundle import NO_EDITS, Component, Edits, ModelBundle
 
 BLOCK = 2**16  # elements of a kernel that are changed at once
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kontext_jax.model_card import check_defaults, sampling_rule
 from kontext_jax.models.presets import CONFIG_CLASSES, PRESETS, Config, Preset, config_from_json
 from kontext_jax.storage.safetensors_reader import (
     SafetensorsFile,
@@ -30,12 +29,13 @@ from kontext_jax.storage.safetensors_reader import (
     unflatten,
 )
 from kontext_jax.storage.safetensors_writer import SafetensorsWriter, write_folder, write_json
+from kontext_jax.weights.card import check_defaults, sampling_rule
 
 if TYPE_CHECKING:  # converting and inspecting weights must not wait for jax to be imported
     import jax
 
-    from kontext_jax.adapters import AppliedAdapter
     from kontext_jax.types import Params
+    from kontext_jax.weights.adapters import AppliedAdapter
 
 FORMAT = 1
 MANIFEST = "kontext_jax.json"
