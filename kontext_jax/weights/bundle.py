@@ -41,7 +41,7 @@ FORMAT = 1
 MANIFEST = "kontext_jax.json"
 KINDS = tuple(CONFIG_CLASSES)
 TOKENIZERS = ("t5", "clip")
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 # Models inside the package, by the names that --model takes; "tiny" is what the commands use
 # without weights, "tiny-fast" the same distilled to a few steps.
 PACKAGED = {name: ASSETS / "models" / name for name in ("tiny", "tiny-fast")}
