@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from kontext_jax.command_line import Parser
+from kontext_jax.terminal import Parser
 
 DEMO_IMAGE = "example:cat"
 DEMO_PROMPT = "put a red frame around the picture"

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from kontext_jax.command_line import SETTING, Parser, load_config, split_settings
+from kontext_jax.terminal import SETTING, Parser, load_config, split_settings
 
 RUNS = Path("runs")
 EPILOG = """examples:

@@ -25,13 +25,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, features
 
-from kontext_jax.data import cache, encode, encoded_folder
+from kontext_jax.data import encode
 from kontext_jax.data.buckets import Kind
 from kontext_jax.data.config import DataConfig
-from kontext_jax.data.encoded_records import SampleEntry, ShardWriter, lock_part, prompt_key
-from kontext_jax.data.examples import Example, ImageRef
+from kontext_jax.data.encoded import batches as cache
+from kontext_jax.data.encoded import folder as encoded_folder
+from kontext_jax.data.encoded.records import SampleEntry, ShardWriter, lock_part, prompt_key
 from kontext_jax.data.loader import make_loader
-from kontext_jax.data.pair_records import write_array_record
+from kontext_jax.data.sources.array_record import write_array_record
+from kontext_jax.data.sources.examples import Example, ImageRef
 
 
 def photo(seed: int, width: int, height: int) -> bytes:

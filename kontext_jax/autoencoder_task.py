@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kontext_jax.data.batches import ImageBatch
+from kontext_jax.batches import ImageBatch
 from kontext_jax.models.judges.discriminators import PatchDiscriminator
 from kontext_jax.models.judges.perceptual import NETS, Perceptual
 from kontext_jax.models.presets import PRESETS
@@ -20,11 +20,11 @@ from kontext_jax.objectives.autoencoder import (
     start_autoencoder,
 )
 from kontext_jax.objectives.base import Objective, use_key
+from kontext_jax.objectives.state import TrainState
 from kontext_jax.optimizer import make_optimizer, make_schedule
 from kontext_jax.pictures import latents
 from kontext_jax.runtime.sharding import shard_batch
 from kontext_jax.train_config import TrainConfig
-from kontext_jax.train_state import TrainState
 from kontext_jax.training_tasks import DTYPES, Devices, OpenWeights, Work
 from kontext_jax.types import Params
 from kontext_jax.weights.bundle import Place

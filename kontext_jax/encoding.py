@@ -23,9 +23,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kontext_jax.data.buckets import Kind
 from kontext_jax.data.dataset import Dataset
-from kontext_jax.data.encoded_records import CacheError, SampleEntry, ShardWriter, prompt_key
+from kontext_jax.data.encoded.records import CacheError, SampleEntry, ShardWriter, prompt_key
 from kontext_jax.data.encoding_jobs import Cutting, Job
-from kontext_jax.data.examples import BadSample
+from kontext_jax.data.sources.examples import BadSample
 from kontext_jax.metrics import duration
 from kontext_jax.models.conditioning import (
     Encoders,

@@ -9,9 +9,9 @@ from kontext_jax.models.judges.features import evenly_spaced, make_feature_fn
 from kontext_jax.objectives.adversarial import Adversary
 from kontext_jax.objectives.base import TokenBatch
 from kontext_jax.objectives.ladd import LADDConfig, make_ladd, start_ladd
+from kontext_jax.objectives.state import TrainState
 from kontext_jax.optimizer import make_optimizer, make_schedule
 from kontext_jax.train_config import TrainConfig
-from kontext_jax.train_state import TrainState
 from kontext_jax.training_tasks import OpenWeights, Work
 from kontext_jax.types import Params
 

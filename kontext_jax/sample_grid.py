@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kontext_jax.data.batches import ImageBatch
+from kontext_jax.batches import ImageBatch
 from kontext_jax.pictures.latents import model_to_pixels
 
 GAP_PX = 4

@@ -17,8 +17,8 @@ import jax
 import numpy as np
 
 from kontext_jax.data.buckets import Kind
-from kontext_jax.data.cache import EncodedCache
-from kontext_jax.data.encoded_records import SampleEntry, ShardWriter, prompt_key
+from kontext_jax.data.encoded.batches import EncodedCache
+from kontext_jax.data.encoded.records import SampleEntry, ShardWriter, prompt_key
 from kontext_jax.data.index import hash_id
 from kontext_jax.encoding import Networks
 from kontext_jax.flow.samplers import initial_noise

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from kontext_jax.data.batches import Batches
-from kontext_jax.data.cache import CachedBatches, EncodedCache
+from kontext_jax.batches import Batches
 from kontext_jax.data.config import DataConfig
+from kontext_jax.data.encoded.batches import CachedBatches, EncodedCache
 from kontext_jax.data.loader import make_loader
 from kontext_jax.data.mixing import MixedBatches
 from kontext_jax.runtime.processes import from_all

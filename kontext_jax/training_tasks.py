@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kontext_jax.objectives.base import Objective
+from kontext_jax.objectives.state import TrainState
 from kontext_jax.runtime.programs import Executables
-from kontext_jax.train_state import TrainState
 from kontext_jax.types import Params
 from kontext_jax.weights.bundle import ModelBundle, Place
 

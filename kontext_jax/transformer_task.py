@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kontext_jax.data.batches import EncodedBatch, ImageBatch
+from kontext_jax.batches import EncodedBatch, ImageBatch
 from kontext_jax.flow.path import sampling_schedule
 from kontext_jax.flow.samplers import initial_noise, make_sampler, seed_words
 from kontext_jax.models import conditioning
@@ -18,6 +18,7 @@ from kontext_jax.models.mmdit import Conditioning, MMDiT, init_params, make_velo
 from kontext_jax.models.presets import PRESETS, Preset
 from kontext_jax.models.tokenizing import Tokenizers
 from kontext_jax.objectives.base import Objective, TokenBatch, num_samples
+from kontext_jax.objectives.state import TrainState, make_train_state
 from kontext_jax.ops.attention import Backend, backend_for
 from kontext_jax.optimizer import make_optimizer, make_schedule
 from kontext_jax.pictures import latents
@@ -25,7 +26,6 @@ from kontext_jax.runtime.chips import peak_flops
 from kontext_jax.runtime.sharding import batch_shardings, shard_batch
 from kontext_jax.teacher import with_guidance_input, with_velocities
 from kontext_jax.train_config import TrainConfig
-from kontext_jax.train_state import TrainState, make_train_state
 from kontext_jax.training_tasks import DTYPES, Devices, OpenWeights, Work
 from kontext_jax.types import Params, VelocityFn
 from kontext_jax.weights.bundle import Component, ModelBundle, Place, untrained_bundle

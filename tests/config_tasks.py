@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from kontext_jax import train_loop
-from kontext_jax.command_line import load_config
 from kontext_jax.runtime.sharding import MeshConfig, make_mesh
+from kontext_jax.terminal import load_config
 from kontext_jax.train_config import TrainConfig, parse
 
 CONFIGS = Path(__file__).parents[1] / "configs"

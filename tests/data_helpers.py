@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from kontext_jax.data.examples import Example, ImageRef
-from kontext_jax.data.pair_records import write_array_record
+from kontext_jax.data.sources.array_record import write_array_record
+from kontext_jax.data.sources.examples import Example, ImageRef
 
 SIZES = ((64, 64), (96, 48), (48, 80), (64, 60))
 

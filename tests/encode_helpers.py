@@ -76,7 +76,7 @@ def run(data, out, *options):
 
 def contents(out):
     """Everything that a folder of encoded samples holds, by id and variant."""
-    from kontext_jax.data.cache import EncodedCache
+    from kontext_jax.data.encoded.batches import EncodedCache
 
     cache = EncodedCache(out)
     found = {}

@@ -11,9 +11,9 @@ import numpy as np
 import optax
 
 from kontext_jax.objectives.base import Objective, make_gradient_step, sample_keys
+from kontext_jax.objectives.state import make_train_state
 from kontext_jax.pictures.latents import pixels_to_model
 from kontext_jax.runtime.sharding import shard_batch
-from kontext_jax.train_state import make_train_state
 from kontext_jax.training_tasks import Work
 
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from kontext_jax.objectives.state import TrainState, make_train_state
 from kontext_jax.runtime.processes import StopRequest
-from kontext_jax.train_state import TrainState, make_train_state
 from kontext_jax.training_checkpoints import CheckpointError, Checkpoints
 
 SHAPE = (1024, 512)

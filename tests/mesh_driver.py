@@ -27,6 +27,7 @@ from kontext_jax.models.mmdit import Conditioning, MMDiT, init_params, make_velo
 from kontext_jax.models.presets import MMDiTConfig
 from kontext_jax.objectives.base import TokenBatch
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig, make_flow_matching
+from kontext_jax.objectives.state import make_train_state
 from kontext_jax.ops.attention import attention
 from kontext_jax.ops.rope import rope_table
 from kontext_jax.pictures import latents
@@ -40,7 +41,6 @@ from kontext_jax.runtime.sharding import (
     shard_batch,
     state_shardings,
 )
-from kontext_jax.train_state import make_train_state
 
 CONFIG = MMDiTConfig(
     in_channels=8,

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kontext_jax.data import cache as cache_module
 from kontext_jax.data.buckets import Kind
-from kontext_jax.data.cache import CachedBatches, EncodedCache
-from kontext_jax.data.encoded_folder import start_folder, write_done
-from kontext_jax.data.encoded_records import (
+from kontext_jax.data.encoded import batches as cache_module
+from kontext_jax.data.encoded.batches import CachedBatches, EncodedCache
+from kontext_jax.data.encoded.folder import start_folder, write_done
+from kontext_jax.data.encoded.records import (
     CacheError,
     SampleEntry,
     ShardWriter,

@@ -10,8 +10,8 @@ from data_helpers import WRITERS, pairs, picture, png, write_folder, write_parqu
 
 from kontext_jax.data.config import DataConfig
 from kontext_jax.data.dataset import open_dataset
-from kontext_jax.data.examples import BadSample
 from kontext_jax.data.loader import Loader, make_loader
+from kontext_jax.data.sources.examples import BadSample
 
 
 @pytest.fixture(scope="module")

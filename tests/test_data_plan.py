@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kontext_jax.data.buckets import Kind
-from kontext_jax.data.plan import Plan, sample_places
+from kontext_jax.data.order import Plan, sample_places
 
 PAIR, OTHER_PAIR = Kind((64, 64), ((64, 64),)), Kind((96, 32), ((64, 64),))
 CAPTION, WIDE_CAPTION = Kind((64, 64)), Kind((96, 32))
@@ -90,7 +90,7 @@ def test_the_order_changes_with_epoch_and_seed():
 
 def test_the_mix_takes_the_batches_of_each_group_in_their_own_order(monkeypatch):
     """With references as if there were nothing else, and without likewise; over many blocks."""
-    monkeypatch.setattr("kontext_jax.data.plan._BLOCK", 16)
+    monkeypatch.setattr("kontext_jax.data.order._BLOCK", 16)
     examples = kind_of((9, 9, 9, 9))
     mixed = [make_plan(examples, fraction=0.4).batch(step) for step in range(100)]
     for kinds, fraction in (((2, 3), 1.0), ((0, 1), 0.0)):

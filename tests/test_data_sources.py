@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from data_helpers import WRITERS, pairs, picture, png, write_folder, write_records, write_tars
 
-from kontext_jax.data import examples as ex
 from kontext_jax.data import pack
-from kontext_jax.data.examples import BadSample, ColumnNames, Example, ImageRef
-from kontext_jax.data.pair_records import pack_pair, unpack_pair
-from kontext_jax.data.parquet import _Cache
-from kontext_jax.data.sources import open_source, open_sources
+from kontext_jax.data.sources import examples as ex
+from kontext_jax.data.sources.array_record import pack_pair, unpack_pair
+from kontext_jax.data.sources.examples import BadSample, ColumnNames, Example, ImageRef
+from kontext_jax.data.sources.open import open_source, open_sources
+from kontext_jax.data.sources.parquet import _Cache
 from kontext_jax.pictures.files import picture_size
 
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from kontext_jax.data.scenes import WORLDS, SceneSource, render
+from kontext_jax.data.worlds.scenes import WORLDS, SceneSource, render
 from kontext_jax.evaluation import distilled, edits
 from kontext_jax.evaluation.rows import OpenRow, Row, open_rows, parse_row
 from kontext_jax.weights import bundle as checkpoint

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from kontext_jax.data.scenes import CAPTION, WORLDS, Scene, SceneSource, Thing, render
+from kontext_jax.data.worlds.scenes import CAPTION, WORLDS, Scene, SceneSource, Thing, render
 from kontext_jax.evaluation import edit_features, edit_report, edits
 from kontext_jax.evaluation.scene_parser import parse
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kontext_jax.data.batches import EncodedBatch
+from kontext_jax.batches import EncodedBatch
 from kontext_jax.models.conditioning import (
     encode_batch,
     load_encoder_params,

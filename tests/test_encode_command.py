@@ -18,9 +18,9 @@ from PIL import Image
 
 from kontext_jax import encoding
 from kontext_jax.data import encode, encoding_jobs
-from kontext_jax.data.cache import CachedBatches, EncodedCache
 from kontext_jax.data.config import DataConfig
-from kontext_jax.data.encoded_records import CacheError, Shard, ShardWriter, shard_paths
+from kontext_jax.data.encoded.batches import CachedBatches, EncodedCache
+from kontext_jax.data.encoded.records import CacheError, Shard, ShardWriter, shard_paths
 from kontext_jax.data.loader import make_loader
 from kontext_jax.models.conditioning import encode_batch, encoder_facts
 from kontext_jax.weights.bundle import untrained_bundle

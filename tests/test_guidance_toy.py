@@ -21,7 +21,7 @@ from kontext_jax.objectives.guidance_distillation import (
     make_guidance_distillation,
     teacher_velocities,
 )
-from kontext_jax.train_state import make_train_state
+from kontext_jax.objectives.state import make_train_state
 from kontext_jax.training_checkpoints import Checkpoints
 
 SEEDS = 3

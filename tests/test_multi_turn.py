@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from kontext_jax.data.scenes import WORLDS, SceneSource, render
+from kontext_jax.data.worlds.scenes import WORLDS, SceneSource, render
 from kontext_jax.evaluation import multi_turn
 from kontext_jax.evaluation.edit_report import markdown
 from kontext_jax.evaluation.line_chart import COLOURS, Point, line_chart

@@ -17,7 +17,7 @@ from kontext_jax.objectives.base import (
     sample_keys,
     use_key,
 )
-from kontext_jax.train_state import make_train_state
+from kontext_jax.objectives.state import make_train_state
 
 KEY = jax.random.key(3)
 

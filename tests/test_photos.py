@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kontext_jax.data import photo_edits, photos
 from kontext_jax.data.config import DataConfig
 from kontext_jax.data.dataset import open_dataset
-from kontext_jax.data.photo_edits import KINDS, PICTURE_EDITS, PhotoSource, alternatives
-from kontext_jax.data.sources import open_source
+from kontext_jax.data.sources.open import open_source
+from kontext_jax.data.worlds import photo_edits, photos
+from kontext_jax.data.worlds.photo_edits import KINDS, PICTURE_EDITS, PhotoSource, alternatives
 from kontext_jax.evaluation import photographs
 
 

@@ -17,9 +17,9 @@ from kontext_jax.objectives.policy_distillation import (
     PolicyDistillationConfig,
     make_policy_distillation,
 )
+from kontext_jax.objectives.state import make_train_state
 from kontext_jax.optimizer import OptimizerConfig, make_optimizer
 from kontext_jax.storage.safetensors_reader import flatten
-from kontext_jax.train_state import make_train_state
 from kontext_jax.weights.bundle import untrained_bundle
 
 

@@ -17,7 +17,7 @@ from kontext_jax.objectives.policy_distillation import (
     PolicyDistillationConfig,
     make_policy_distillation,
 )
-from kontext_jax.train_state import make_train_state
+from kontext_jax.objectives.state import make_train_state
 
 GUIDANCE = 3.0
 VELOCITIES = 8

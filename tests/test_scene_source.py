@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kontext_jax.data.scene_source import DrawnSource
-from kontext_jax.data.scenes import SceneSource, render
-from kontext_jax.data.sources import open_source
+from kontext_jax.data.sources.drawn import DrawnSource
+from kontext_jax.data.sources.open import open_source
+from kontext_jax.data.worlds.scenes import SceneSource, render
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import itertools
 import numpy as np
 import pytest
 
-from kontext_jax.data.scene_source import DrawnSource
-from kontext_jax.data.scenes import (
+from kontext_jax.data.sources.drawn import DrawnSource
+from kontext_jax.data.worlds.scenes import (
     CAPTION,
     COLOURS,
     POSITIONS,

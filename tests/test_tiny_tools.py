@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from kontext_jax import train_config
-from kontext_jax.command_line import load_config, split_settings
-from kontext_jax.data import photos
-from kontext_jax.data.photo_edits import PhotoSource
-from kontext_jax.data.scenes import WORLDS, SceneSource, render
+from kontext_jax.data.worlds import photos
+from kontext_jax.data.worlds.photo_edits import PhotoSource
+from kontext_jax.data.worlds.scenes import WORLDS, SceneSource, render
 from kontext_jax.evaluation import edits, photographs
 from kontext_jax.evaluation.rows import OpenRow
 from kontext_jax.models.mmdit import Conditioning, MMDiT
 from kontext_jax.models.presets import MMDiTConfig
+from kontext_jax.terminal import load_config, split_settings
 from kontext_jax.weights import bundle as checkpoint
 from kontext_jax.weights.card import sampling_rule
 

@@ -17,9 +17,9 @@ from convert_weights.lora import open_adapter
 from convert_weights.runs import open_weights
 from kontext_jax.models.lora import LoraConfig, init_lora, merge
 from kontext_jax.models.presets import PRESETS
+from kontext_jax.objectives.state import make_train_state
 from kontext_jax.storage.safetensors_reader import flatten
 from kontext_jax.storage.step_folders import CheckpointError
-from kontext_jax.train_state import make_train_state
 from kontext_jax.training_checkpoints import Checkpoints
 from kontext_jax.weights import bundle as checkpoint
 from kontext_jax.weights.adapters import adapter_from_tree

@@ -14,9 +14,9 @@ import optax
 import pytest
 from etils import epath
 
+from kontext_jax.objectives.state import make_train_state
 from kontext_jax.storage import arrays as array_store
 from kontext_jax.storage import step_folders
-from kontext_jax.train_state import make_train_state
 from kontext_jax.training_checkpoints import (
     CheckpointConfig,
     CheckpointError,

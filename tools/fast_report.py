@@ -23,7 +23,7 @@ import numpy as np
 from tiny_report import DEMO, fill_page, measured, say
 
 from convert_weights.runs import open_weights
-from kontext_jax.data.scenes import WORLDS
+from kontext_jax.data.worlds.scenes import WORLDS
 from kontext_jax.evaluation import distilled, multi_turn
 from kontext_jax.evaluation.edit_features import Features
 from kontext_jax.evaluation.edit_report import markdown, rows_sheet

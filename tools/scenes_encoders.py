@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert_weights.runs import open_weights
-from kontext_jax.data.photo_edits import PhotoSource
-from kontext_jax.data.scenes import CAPTION, WORLDS, SceneSource, World, render
+from kontext_jax.data.worlds.photo_edits import PhotoSource
+from kontext_jax.data.worlds.scenes import CAPTION, WORLDS, SceneSource, World, render
 from kontext_jax.models.clip import CLIPText
 from kontext_jax.models.conditioning import encode_text
 from kontext_jax.models.presets import PRESETS, CLIPConfig, Preset, T5Config

@@ -30,8 +30,7 @@ from pages import insert
 
 from convert_weights.runs import open_weights
 from kontext_jax import task_table, train_config, train_loop
-from kontext_jax.command_line import load_config
-from kontext_jax.data.scenes import WORLDS
+from kontext_jax.data.worlds.scenes import WORLDS
 from kontext_jax.evaluation import edits
 from kontext_jax.evaluation.edit_model import Model
 from kontext_jax.evaluation.edit_report import markdown, rate_text
@@ -47,6 +46,7 @@ from kontext_jax.runtime import programs
 from kontext_jax.stages import Stages
 from kontext_jax.storage.safetensors_reader import unflatten
 from kontext_jax.storage.safetensors_writer import write_json
+from kontext_jax.terminal import load_config
 from kontext_jax.weights.bundle import Component
 from kontext_jax.weights.run import open_run
 

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from convert_weights.runs import open_weights
-from kontext_jax.data.scenes import WORLDS
+from kontext_jax.data.worlds.scenes import WORLDS
 from kontext_jax.evaluation import edit_report, edits, photographs
 from kontext_jax.evaluation.edit_features import Features
 from kontext_jax.evaluation.edit_model import Model

@@ -9,10 +9,10 @@ import numpy as np
 
 from kontext_jax.data.buckets import Kind, aspect_mismatch, assign_kinds, bucket_sizes
 from kontext_jax.data.config import DataConfig
-from kontext_jax.data.examples import BadSample, ColumnNames, Example, Source
 from kontext_jax.data.filters import make_filter
 from kontext_jax.data.index import FILTERED, Index, build_index, decode_example, hash_id
-from kontext_jax.data.sources import open_sources
+from kontext_jax.data.sources.examples import BadSample, ColumnNames, Example, Source
+from kontext_jax.data.sources.open import open_sources
 
 NO_TEXT = "no text"
 NO_REFERENCE = "no reference"

@@ -22,12 +22,12 @@ import jax
 import numpy as np
 import PIL
 
-from kontext_jax.data import encoded_folder
 from kontext_jax.data.buckets import bucket_sizes
 from kontext_jax.data.check import add_options, parse_arguments
 from kontext_jax.data.config import DataConfig
 from kontext_jax.data.dataset import open_dataset
-from kontext_jax.data.encoded_records import ShardWriter, facts_hash, lock_part
+from kontext_jax.data.encoded import folder as encoded_folder
+from kontext_jax.data.encoded.records import ShardWriter, facts_hash, lock_part
 from kontext_jax.data.encoding_jobs import Cutting, bytes_needed, list_jobs, read_stored
 from kontext_jax.data.filters import FilterError
 from kontext_jax.encoding import Encoding, Networks, check_room, progress_line, size_text

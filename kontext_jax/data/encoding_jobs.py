@@ -9,10 +9,10 @@ import numpy as np
 
 from kontext_jax.data.buckets import Kind
 from kontext_jax.data.dataset import Dataset
-from kontext_jax.data.encoded_records import Shard, prompt_key, shard_paths
-from kontext_jax.data.examples import Source
+from kontext_jax.data.encoded.records import Shard, prompt_key, shard_paths
 from kontext_jax.data.index import hash_id
-from kontext_jax.data.plan import sample_places
+from kontext_jax.data.order import sample_places
+from kontext_jax.data.sources.examples import Source
 from kontext_jax.data.transforms import fit_pictures, names_a_side
 from kontext_jax.models.presets import Preset
 

@@ -30,7 +30,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kontext_jax.data.examples import Example, digest
+from kontext_jax.data.sources.examples import Example, digest
 
 
 class FilterError(RuntimeError):

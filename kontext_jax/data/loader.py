@@ -14,11 +14,11 @@ import grain
 import numpy as np
 from absl import flags
 
-from kontext_jax.data.batches import ImageBatch
+from kontext_jax.batches import ImageBatch
 from kontext_jax.data.config import DataConfig
 from kontext_jax.data.dataset import Dataset, is_bad, open_dataset
-from kontext_jax.data.examples import BadSample, Example
-from kontext_jax.data.plan import Plan, PlannedBatch, resumed_step, sample_places
+from kontext_jax.data.order import Plan, PlannedBatch, resumed_step, sample_places
+from kontext_jax.data.sources.examples import BadSample, Example
 from kontext_jax.data.transforms import fit_pictures, names_a_side
 from kontext_jax.pictures.files import quiet_pillow
 

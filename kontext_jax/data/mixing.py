@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from kontext_jax.data.batches import Batches
-from kontext_jax.data.plan import resumed_step, uniform
+from kontext_jax.batches import Batches
+from kontext_jax.data.order import resumed_step, uniform
 
 
 class MixedBatches:

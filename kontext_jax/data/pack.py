@@ -12,9 +12,9 @@ import sys
 from collections.abc import Iterator
 
 from kontext_jax.data.check import parse_arguments
-from kontext_jax.data.examples import BadSample, ColumnNames, Example, Source
-from kontext_jax.data.pair_records import write_array_record
-from kontext_jax.data.sources import open_sources
+from kontext_jax.data.sources.array_record import write_array_record
+from kontext_jax.data.sources.examples import BadSample, ColumnNames, Example, Source
+from kontext_jax.data.sources.open import open_sources
 
 
 def main(arguments: list[str] | None = None) -> int:

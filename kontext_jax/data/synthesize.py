@@ -22,10 +22,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from kontext_jax.data import encoded_folder
-from kontext_jax.data.cache import EncodedCache
 from kontext_jax.data.check import parse_arguments
-from kontext_jax.data.encoded_records import ShardWriter, facts_hash, lock_part
+from kontext_jax.data.encoded import folder as encoded_folder
+from kontext_jax.data.encoded.batches import EncodedCache
+from kontext_jax.data.encoded.records import ShardWriter, facts_hash, lock_part
 from kontext_jax.data.encoding_jobs import read_stored
 from kontext_jax.data.index import hash_id
 from kontext_jax.encoding import Networks, check_room, progress_line, size_text

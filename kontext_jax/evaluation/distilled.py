@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kontext_jax.data.scenes import WORLDS, SceneExample, SceneSource, World, render
+from kontext_jax.data.worlds.scenes import WORLDS, SceneExample, SceneSource, World, render
 from kontext_jax.evaluation import edits
 from kontext_jax.evaluation.edit_features import Features
 from kontext_jax.evaluation.edit_report import TITLES, markdown, mean_text, rate_text, rows_sheet

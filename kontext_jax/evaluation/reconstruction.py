@@ -23,12 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from kontext_jax.command_line import Parser
 from kontext_jax.evaluation.reconstruction_metrics import METRICS, measure
 from kontext_jax.models.judges.perceptual import VGG16, Perceptual
 from kontext_jax.models.vae import VAE
 from kontext_jax.pictures.files import load_picture
 from kontext_jax.runtime.sharding import MeshConfig, activation_rules, batch_shardings, make_mesh
+from kontext_jax.terminal import Parser
 from kontext_jax.types import Params
 from kontext_jax.weights.perceptual import load_perceptual
 
@@ -75,7 +75,7 @@ def open_pictures(where: str) -> Pictures:
         pictures = Pictures(tuple(names), lambda name: load_picture(folder / name).pixels)
     else:
         from kontext_jax.data.index import decode_example
-        from kontext_jax.data.sources import open_sources
+        from kontext_jax.data.sources.open import open_sources
 
         (source,) = open_sources([where])
         numbers = {str(number): number for number in range(len(source))}

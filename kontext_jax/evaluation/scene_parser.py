@@ -8,7 +8,7 @@ import itertools
 
 import numpy as np
 
-from kontext_jax.data.scenes import (
+from kontext_jax.data.worlds.scenes import (
     COLOURS,
     POSITIONS,
     SHAPES,

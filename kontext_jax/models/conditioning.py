@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kontext_jax.data.batches import EncodedBatch
+from kontext_jax.batches import EncodedBatch
 from kontext_jax.models.clip import CLIPText
 from kontext_jax.models.mmdit import Conditioning
 from kontext_jax.models.presets import MMDiTConfig, Preset

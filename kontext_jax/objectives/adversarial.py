@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from kontext_jax.objectives.base import Metrics, advance, mean_gradient, num_updates
-from kontext_jax.train_state import TrainState, make_train_state
+from kontext_jax.objectives.state import TrainState, make_train_state
 from kontext_jax.types import Params
 
 AdversarialLoss = Literal["hinge", "non_saturating"]

@@ -37,7 +37,7 @@ from kontext_jax.objectives.base import (
     num_samples,
     sample_keys,
 )
-from kontext_jax.train_state import TrainState, make_train_state
+from kontext_jax.objectives.state import TrainState, make_train_state
 from kontext_jax.types import Params
 
 

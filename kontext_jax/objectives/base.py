@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from kontext_jax.train_state import TrainState
+from kontext_jax.objectives.state import TrainState
 from kontext_jax.types import Params
 
 Metrics = dict[str, jax.Array]

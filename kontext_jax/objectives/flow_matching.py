@@ -24,7 +24,7 @@ from kontext_jax.objectives.base import (
     sample_keys,
 )
 from kontext_jax.objectives.draws import TimesConfig, draw_noise, even_times, means_by_time
-from kontext_jax.train_state import make_train_state
+from kontext_jax.objectives.state import make_train_state
 from kontext_jax.types import Params
 
 Guidance = Literal["auto", "fixed", "range", "none"]

@@ -38,7 +38,7 @@ from kontext_jax.objectives.draws import (
     means_by_time,
 )
 from kontext_jax.objectives.flow_matching import Predict
-from kontext_jax.train_state import make_train_state
+from kontext_jax.objectives.state import make_train_state
 from kontext_jax.types import Params
 
 Guide = Literal["cfg", "interval", "apg"]

@@ -46,7 +46,7 @@ from kontext_jax.objectives.base import (
 )
 from kontext_jax.objectives.draws import draw_noise, means_by_time
 from kontext_jax.objectives.flow_matching import Predict
-from kontext_jax.train_state import TrainState, make_train_state
+from kontext_jax.objectives.state import TrainState, make_train_state
 from kontext_jax.types import Params
 from kontext_jax.weights.card import check_timesteps
 

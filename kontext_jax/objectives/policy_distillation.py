@@ -30,7 +30,7 @@ from kontext_jax.objectives.base import (
 from kontext_jax.objectives.draws import draw_even, draw_noise, mean_of
 from kontext_jax.objectives.flow_matching import Predict
 from kontext_jax.objectives.guidance_distillation import Teach, relative_error
-from kontext_jax.train_state import make_train_state
+from kontext_jax.objectives.state import make_train_state
 from kontext_jax.types import Params
 from kontext_jax.weights.card import check_timesteps
 

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from kontext_jax.command_line import SETTING, Parser, split_settings
+from kontext_jax.terminal import SETTING, Parser, split_settings
 from kontext_jax.weights.card import SAMPLERS
 
 STAGES = ("text", "encode", "prepare", "run", "decode")

@@ -10,7 +10,6 @@ from typing import Any
 import rich.console
 
 from kontext_jax import config_tree, train_config
-from kontext_jax.command_line import load_config
 from kontext_jax.data.buckets import bucket_sizes
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.plan import chart, measure, programs, sampling, sweep, targets
@@ -24,6 +23,7 @@ from kontext_jax.plan.report import (
 )
 from kontext_jax.requests import did_you_mean
 from kontext_jax.runtime.placement import parse_mesh
+from kontext_jax.terminal import load_config
 from kontext_jax.train_config import TrainConfig
 
 SHORT_DTYPES = {"bfloat16": "bf16", "float32": "f32"}

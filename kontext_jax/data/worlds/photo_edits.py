@@ -12,8 +12,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from kontext_jax.data import photos
-from kontext_jax.data.scenes import (
+from kontext_jax.data.worlds import photos
+from kontext_jax.data.worlds.scenes import (
     COLOURS,
     OBJECT_EDITS,
     WORLDS,

@@ -20,7 +20,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 
-from kontext_jax.data.examples import (
+from kontext_jax.data.sources.examples import (
     BadSample,
     ColumnNames,
     Example,

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from kontext_jax.data.examples import (
+from kontext_jax.data.files import write_beside
+from kontext_jax.data.sources.examples import (
     BadSample,
     ColumnNames,
     Example,
@@ -34,7 +35,6 @@ from kontext_jax.data.examples import (
     make_example,
     relative_names,
 )
-from kontext_jax.data.files import write_beside
 
 _COLUMNS_SEEN = 100  # samples of a tar whose members say which columns there are
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from kontext_jax.data.examples import (
+from kontext_jax.data.sources.examples import (
     ColumnNames,
     Example,
     Source,

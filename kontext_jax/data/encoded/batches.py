@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from kontext_jax.data.batches import EncodedBatch
+from kontext_jax.batches import EncodedBatch
 from kontext_jax.data.buckets import Kind
-from kontext_jax.data.encoded_folder import (
+from kontext_jax.data.encoded.folder import (
     check_complete,
     check_facts,
     local_folder,
     read_manifest,
     read_null_text,
 )
-from kontext_jax.data.encoded_records import CacheError, SampleEntry, Shard, shard_paths
-from kontext_jax.data.plan import Plan, PlannedBatch, resumed_step, sample_places
+from kontext_jax.data.encoded.records import CacheError, SampleEntry, Shard, shard_paths
+from kontext_jax.data.order import Plan, PlannedBatch, resumed_step, sample_places
 
 _MAX_OPEN_SHARDS = 256  # below the usual limits of open files
 

@@ -14,7 +14,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from kontext_jax.data.examples import (
+from kontext_jax.data.files import walk_files
+from kontext_jax.data.sources.array_record import ArrayRecordSource
+from kontext_jax.data.sources.crops import CropSource, is_photos
+from kontext_jax.data.sources.drawn import DrawnSource, is_scenes
+from kontext_jax.data.sources.examples import (
     BadSample,
     ColumnNames,
     Example,
@@ -24,12 +28,8 @@ from kontext_jax.data.examples import (
     is_picture,
     make_example,
 )
-from kontext_jax.data.files import walk_files
-from kontext_jax.data.pair_records import ArrayRecordSource
-from kontext_jax.data.parquet import ParquetSource
-from kontext_jax.data.photo_source import CropSource, is_photos
-from kontext_jax.data.scene_source import DrawnSource, is_scenes
-from kontext_jax.data.tars import TarSource
+from kontext_jax.data.sources.parquet import ParquetSource
+from kontext_jax.data.sources.tars import TarSource
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 _SUFFIXES = {

@@ -14,8 +14,8 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from kontext_jax.data import photo_edits, photos
-from kontext_jax.data.examples import ColumnNames, Example, ImageRef, Source, digest
+from kontext_jax.data.sources.examples import ColumnNames, Example, ImageRef, Source, digest
+from kontext_jax.data.worlds import photo_edits, photos
 
 PREFIX = "photos:"
 _PATH = re.compile(

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from kontext_jax.data.examples import ColumnNames, Example, ImageRef, Source, digest
-from kontext_jax.data.photo_source import picture_in_memory
-from kontext_jax.data.scenes import CAPTION, WORLDS, Scene, SceneSource, render
+from kontext_jax.data.sources.crops import picture_in_memory
+from kontext_jax.data.sources.examples import ColumnNames, Example, ImageRef, Source, digest
+from kontext_jax.data.worlds.scenes import CAPTION, WORLDS, Scene, SceneSource, render
 
 PREFIX = "scenes:"
 

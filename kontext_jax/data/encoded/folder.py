@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kontext_jax.data.encoded_records import (
+from kontext_jax.data.encoded.records import (
     CacheError,
     facts_difference,
     facts_hash,
