@@ -179,7 +179,7 @@ def open_weights(
 ):
     """The bundle that --weights, --model, --raw-params and --checkpoint mean."""
     from kontext_jax.models.presets import PRESETS
-    from kontext_jax.requests import did_you_mean
+    from kontext_jax.sampling.requests import did_you_mean
     from kontext_jax.weights import bundle as checkpoint
 
     model_or_shipped = model or SHIPPED
@@ -243,7 +243,7 @@ def add_loras(bundle, given: list[str] | None, recipe):
       (bundle, whether they are those of the picture).
     """
     from convert_weights.lora import open_adapter
-    from kontext_jax import runs
+    from kontext_jax.sampling import output as runs
     from kontext_jax.weights import adapters
 
     if given is not None:
@@ -294,8 +294,8 @@ def check_compile_only(flags: dict, fields: dict) -> None:
 
 def warm(bundle, fields: dict, flags: dict, mesh, tell) -> int:
     """--compile-only."""
-    from kontext_jax import requests, warming
     from kontext_jax.runtime import programs
+    from kontext_jax.sampling import requests, warming
 
     request = requests.request_from_dict({"prompt": DEMO_PROMPT, **fields})
     counts = flags.get("references", [1 if bundle.preset.takes_references else 0])
@@ -321,7 +321,7 @@ def warm(bundle, fields: dict, flags: dict, mesh, tell) -> int:
 def run(given: dict) -> int:
     """Runs what the flags ask for."""
     # Imported when the flags are known to be good: JAX takes a second or two.
-    from kontext_jax import requests
+    from kontext_jax.sampling import requests
 
     flags = {FIELD_OF_FLAG.get(name, name): value for name, value in given.items()}
     fields = {name: flags.pop(name) for name in requests.FIELDS if name in flags}
@@ -334,10 +334,10 @@ def run(given: dict) -> int:
     compile_only = flags.get("compile_only", False)
     check_compile_only(flags, fields)
 
-    from kontext_jax import runs
-    from kontext_jax.pipeline import Pipeline
     from kontext_jax.runtime import programs
     from kontext_jax.runtime.placement import format_mesh, parse_mesh, sampling_mesh
+    from kontext_jax.sampling import output as runs
+    from kontext_jax.sampling.pipeline import Pipeline
 
     def tell(line: str) -> None:
         if not quiet:

@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
     """Does what the flags ask for."""
     # Imported when the flags are known to be good: JAX takes a second or two.
-    from kontext_jax import train_config
+    from kontext_jax.training import config as train_config
 
     config = train_config.parse(load_config(args.config), settings)
     if args.print_config:
@@ -107,8 +107,8 @@ def run(args: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
 
     import jax
 
-    from kontext_jax import train_loop
     from kontext_jax.runtime import programs
+    from kontext_jax.training import loop as train_loop
 
     def tell(line: str) -> None:
         if not args.quiet and jax.process_index() == 0:

@@ -24,12 +24,12 @@ import rich.console
 
 # Before anything that imports JAX: it keeps JAX on the CPU.
 import kontext_jax.plan  # noqa: F401
-from kontext_jax import train_config
 from kontext_jax.plan import measure, programs, sampling
 from kontext_jax.plan.commands import measure_sampling, measure_training
 from kontext_jax.plan.report import GIB, Report, new_table, size_text, time_text
 from kontext_jax.plan.targets import find_target
 from kontext_jax.terminal import load_config
+from kontext_jax.training import config as train_config
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 28

@@ -25,7 +25,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, features
 
-from kontext_jax.data import encode
 from kontext_jax.data.buckets import Kind
 from kontext_jax.data.config import DataConfig
 from kontext_jax.data.encoded import batches as cache
@@ -34,6 +33,7 @@ from kontext_jax.data.encoded.records import SampleEntry, ShardWriter, lock_part
 from kontext_jax.data.loader import make_loader
 from kontext_jax.data.sources.array_record import write_array_record
 from kontext_jax.data.sources.examples import Example, ImageRef
+from kontext_jax.precompute import encode
 
 
 def photo(seed: int, width: int, height: int) -> bytes:

@@ -22,10 +22,10 @@ import common
 import jax
 
 from kontext_jax.models.presets import PRESETS
-from kontext_jax.pipeline import Failure, Pipeline
-from kontext_jax.requests import PreparedRequest, SampleRequest
 from kontext_jax.runtime import programs as compiling
-from kontext_jax.warming import WarmingPipeline, blank_requests
+from kontext_jax.sampling.pipeline import Failure, Pipeline
+from kontext_jax.sampling.requests import PreparedRequest, SampleRequest
+from kontext_jax.sampling.warming import WarmingPipeline, blank_requests
 from kontext_jax.weights import bundle as checkpoint
 
 EDIT_TIMER = "an edit from prompt and pictures to pixels, host to host; not loading or compiling"

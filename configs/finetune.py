@@ -18,10 +18,10 @@ Expect: `loss_edit` to fall by some per cent only; look at RUN/samples and at he
 
 from kontext_jax.data.config import DataConfig
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig
-from kontext_jax.optimizer import OptimizerConfig
 from kontext_jax.runtime.sharding import MeshConfig
-from kontext_jax.train_config import REQUIRED, LogConfig, TrainConfig, config_dict
-from kontext_jax.training_checkpoints import CheckpointConfig
+from kontext_jax.training.checkpoints import CheckpointConfig
+from kontext_jax.training.config import REQUIRED, LogConfig, TrainConfig, config_dict
+from kontext_jax.training.optimizer import OptimizerConfig
 
 
 def get_config():

@@ -18,10 +18,10 @@ Expect: `relative_error` below 0.12 where `no_op_error`, that of guidance unlear
 
 from kontext_jax.data.config import DataConfig
 from kontext_jax.objectives.guidance_distillation import GuidanceDistillationConfig
-from kontext_jax.optimizer import OptimizerConfig
 from kontext_jax.runtime.sharding import MeshConfig
-from kontext_jax.train_config import REQUIRED, LogConfig, TrainConfig, config_dict
-from kontext_jax.training_checkpoints import CheckpointConfig
+from kontext_jax.training.checkpoints import CheckpointConfig
+from kontext_jax.training.config import REQUIRED, LogConfig, TrainConfig, config_dict
+from kontext_jax.training.optimizer import OptimizerConfig
 
 
 def get_config():

@@ -19,9 +19,9 @@ Expect: the loss hardly moves; look at RUN/samples (--config.eval.sources=held_o
 from kontext_jax.data.config import DataConfig
 from kontext_jax.models.lora import LoraConfig
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig
-from kontext_jax.optimizer import OptimizerConfig
-from kontext_jax.train_config import REQUIRED, LogConfig, TrainConfig, config_dict
-from kontext_jax.training_checkpoints import CheckpointConfig
+from kontext_jax.training.checkpoints import CheckpointConfig
+from kontext_jax.training.config import REQUIRED, LogConfig, TrainConfig, config_dict
+from kontext_jax.training.optimizer import OptimizerConfig
 
 
 def get_config():

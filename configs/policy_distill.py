@@ -19,10 +19,10 @@ Expect: `relative_error/I` below `no_op_error/I` of the first evaluation, least 
 from kontext_jax.data.config import DataConfig
 from kontext_jax.flow.path import shift_timesteps
 from kontext_jax.objectives.policy_distillation import PolicyDistillationConfig
-from kontext_jax.optimizer import OptimizerConfig
 from kontext_jax.runtime.sharding import MeshConfig
-from kontext_jax.train_config import REQUIRED, LogConfig, TrainConfig, config_dict
-from kontext_jax.training_checkpoints import CheckpointConfig
+from kontext_jax.training.checkpoints import CheckpointConfig
+from kontext_jax.training.config import REQUIRED, LogConfig, TrainConfig, config_dict
+from kontext_jax.training.optimizer import OptimizerConfig
 
 TIMES = tuple(float(shift_timesteps(t, 3.2)) for t in (1.0, 0.75, 0.5, 0.25))
 

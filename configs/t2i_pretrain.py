@@ -20,10 +20,10 @@ no picture quality is claimed for any number of steps.
 
 from kontext_jax.data.config import DataConfig
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig
-from kontext_jax.optimizer import OptimizerConfig
 from kontext_jax.runtime.sharding import MeshConfig
-from kontext_jax.train_config import REQUIRED, LogConfig, TrainConfig, config_dict
-from kontext_jax.training_checkpoints import CheckpointConfig
+from kontext_jax.training.checkpoints import CheckpointConfig
+from kontext_jax.training.config import REQUIRED, LogConfig, TrainConfig, config_dict
+from kontext_jax.training.optimizer import OptimizerConfig
 
 
 def get_config():

@@ -12,9 +12,9 @@ docs/distillation.md, which has what else was tried).
 from kontext_jax.data.config import DataConfig
 from kontext_jax.models.judges.feature_heads import FeatureHeadsConfig
 from kontext_jax.objectives.ladd import LADDConfig
-from kontext_jax.optimizer import OptimizerConfig
-from kontext_jax.train_config import EvalConfig, LogConfig, TrainConfig, config_dict
-from kontext_jax.training_checkpoints import CheckpointConfig
+from kontext_jax.training.checkpoints import CheckpointConfig
+from kontext_jax.training.config import EvalConfig, LogConfig, TrainConfig, config_dict
+from kontext_jax.training.optimizer import OptimizerConfig
 
 
 def get_config():

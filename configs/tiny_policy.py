@@ -9,9 +9,9 @@ parameters of runs/tiny/guidance.
 
 from kontext_jax.data.config import DataConfig
 from kontext_jax.objectives.policy_distillation import PolicyDistillationConfig
-from kontext_jax.optimizer import OptimizerConfig
-from kontext_jax.train_config import EvalConfig, LogConfig, TrainConfig, config_dict
-from kontext_jax.training_checkpoints import CheckpointConfig
+from kontext_jax.training.checkpoints import CheckpointConfig
+from kontext_jax.training.config import EvalConfig, LogConfig, TrainConfig, config_dict
+from kontext_jax.training.optimizer import OptimizerConfig
 
 
 def get_config():

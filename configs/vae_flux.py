@@ -19,10 +19,10 @@ Expect: the paper's table 1, PSNR 31.1 dB and SSIM 0.896 on ImageNet at 256², i
 
 from kontext_jax.data.config import DataConfig
 from kontext_jax.objectives.autoencoder import AutoencoderConfig
-from kontext_jax.optimizer import OptimizerConfig
 from kontext_jax.runtime.sharding import MeshConfig
-from kontext_jax.train_config import REQUIRED, LogConfig, TrainConfig, config_dict
-from kontext_jax.training_checkpoints import CheckpointConfig
+from kontext_jax.training.checkpoints import CheckpointConfig
+from kontext_jax.training.config import REQUIRED, LogConfig, TrainConfig, config_dict
+from kontext_jax.training.optimizer import OptimizerConfig
 
 
 def get_config():

@@ -13,9 +13,9 @@ Hardware: any. On two CPU cores about 0.5 s a step (batch 16, 64² pixels).
 from kontext_jax.data.config import DataConfig
 from kontext_jax.models.judges.discriminators import DiscriminatorConfig
 from kontext_jax.objectives.autoencoder import AutoencoderConfig
-from kontext_jax.optimizer import OptimizerConfig
-from kontext_jax.train_config import EvalConfig, LogConfig, TrainConfig, config_dict
-from kontext_jax.training_checkpoints import CheckpointConfig
+from kontext_jax.training.checkpoints import CheckpointConfig
+from kontext_jax.training.config import EvalConfig, LogConfig, TrainConfig, config_dict
+from kontext_jax.training.optimizer import OptimizerConfig
 
 
 def get_config():

@@ -5,10 +5,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from kontext_jax import train_loop
 from kontext_jax.runtime.sharding import MeshConfig, make_mesh
 from kontext_jax.terminal import load_config
-from kontext_jax.train_config import TrainConfig, parse
+from kontext_jax.training import loop as train_loop
+from kontext_jax.training.config import TrainConfig, parse
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

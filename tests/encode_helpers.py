@@ -61,7 +61,7 @@ def write_pairs(folder, count, start=0):
 
 def use_hand_encoders(setattr_):
     """Puts them into the command; `setattr_` as that of pytest's monkeypatch."""
-    from kontext_jax.data import encode
+    from kontext_jax.precompute import encode
 
     setattr_(encode, "Networks", HandEncoders)
     setattr_(encode, "encoder_facts", lambda _, max_text_tokens: {"max": max_text_tokens})
@@ -69,7 +69,7 @@ def use_hand_encoders(setattr_):
 
 def run(data, out, *options):
     """The command's exit status."""
-    from kontext_jax.data import encode
+    from kontext_jax.precompute import encode
 
     return encode.main([str(data), "--out", str(out), *OPTIONS, *map(str, options)])
 

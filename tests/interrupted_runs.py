@@ -4,11 +4,12 @@ import dataclasses
 
 import jax
 
-from kontext_jax import metrics, train_loop
 from kontext_jax.runtime.sharding import MeshConfig, make_mesh
-from kontext_jax.task_table import make_task
-from kontext_jax.train_config import EvalConfig
-from kontext_jax.training_checkpoints import Checkpoints
+from kontext_jax.training import loop as train_loop
+from kontext_jax.training import metrics
+from kontext_jax.training.checkpoints import Checkpoints
+from kontext_jax.training.config import EvalConfig
+from kontext_jax.training.tasks.table import make_task
 
 SAMPLES = EvalConfig(
     sources=("scenes:easy:seen:12",), num_batches=1, sample_every_steps=4, sample_rows=2

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from light_task import ColourFeed, LightTask
 
-from kontext_jax.task_table import TASKS
+from kontext_jax.training.tasks.table import TASKS
 
 STEP_S = 0.1
 

@@ -14,7 +14,7 @@ from kontext_jax.objectives.base import Objective, make_gradient_step, sample_ke
 from kontext_jax.objectives.state import make_train_state
 from kontext_jax.pictures.latents import pixels_to_model
 from kontext_jax.runtime.sharding import shard_batch
-from kontext_jax.training_tasks import Work
+from kontext_jax.training.tasks.base import Work
 
 
 @flax.struct.dataclass

@@ -16,7 +16,7 @@ import optax
 
 from kontext_jax.objectives.state import TrainState, make_train_state
 from kontext_jax.runtime.processes import StopRequest
-from kontext_jax.training_checkpoints import CheckpointError, Checkpoints
+from kontext_jax.training.checkpoints import CheckpointError, Checkpoints
 
 SHAPE = (1024, 512)
 OPTIMIZER = optax.adamw(1e-2)

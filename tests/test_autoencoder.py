@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from kontext_jax.autoencoder_task import coder_of
 from kontext_jax.models.presets import VAEConfig
 from kontext_jax.models.vae import VAE
 from kontext_jax.objectives.autoencoder import (
@@ -23,6 +22,7 @@ from kontext_jax.objectives.autoencoder import (
 )
 from kontext_jax.objectives.base import mean_metrics
 from kontext_jax.pictures.latents import pixels_to_model
+from kontext_jax.training.tasks.autoencoder import coder_of
 
 WIDE = VAEConfig(
     **{"ch": 128, "ch_mult": (1,), "num_res_blocks": 1, "norm_groups": 8, "patch": 8},

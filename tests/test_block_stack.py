@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kontext_jax import stages
 from kontext_jax.models import lora
 from kontext_jax.models.mmdit import (
     BLOCK_STACKS,
@@ -18,6 +17,7 @@ from kontext_jax.models.mmdit import (
 from kontext_jax.models.presets import MMDiTConfig
 from kontext_jax.ops.rope import rope_table
 from kontext_jax.runtime import sharding
+from kontext_jax.sampling import stages
 from kontext_jax.weights.bundle import Listed, untrained_bundle
 
 CONFIG = MMDiTConfig(

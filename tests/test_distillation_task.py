@@ -12,7 +12,6 @@ from config_tasks import count, read_config, trace_step
 from encode_helpers import run, write_pairs
 from interrupted_runs import run_whole_and_broken
 
-from kontext_jax import train_config
 from kontext_jax.data.config import DataConfig
 from kontext_jax.data.mixing import MixedBatches
 from kontext_jax.models import conditioning
@@ -21,10 +20,11 @@ from kontext_jax.models.presets import PRESETS
 from kontext_jax.objectives.guidance_distillation import GuidanceDistillationConfig
 from kontext_jax.plan import programs
 from kontext_jax.storage.safetensors_reader import flatten
-from kontext_jax.task_table import make_task
-from kontext_jax.train_config import EvalConfig, TrainConfig
-from kontext_jax.train_loop import dry_run
-from kontext_jax.training_checkpoints import CheckpointConfig
+from kontext_jax.training import config as train_config
+from kontext_jax.training.checkpoints import CheckpointConfig
+from kontext_jax.training.config import EvalConfig, TrainConfig
+from kontext_jax.training.loop import dry_run
+from kontext_jax.training.tasks.table import make_task
 from kontext_jax.weights.bundle import untrained_bundle
 from kontext_jax.weights.run import training_bundle
 

@@ -16,13 +16,13 @@ import pytest
 from encode_helpers import HandEncoders, contents, latents_of, run, text_of, write_pairs
 from PIL import Image
 
-from kontext_jax import encoding
-from kontext_jax.data import encode, encoding_jobs
 from kontext_jax.data.config import DataConfig
 from kontext_jax.data.encoded.batches import CachedBatches, EncodedCache
 from kontext_jax.data.encoded.records import CacheError, Shard, ShardWriter, shard_paths
 from kontext_jax.data.loader import make_loader
 from kontext_jax.models.conditioning import encode_batch, encoder_facts
+from kontext_jax.precompute import encode, encoding
+from kontext_jax.precompute import jobs as encoding_jobs
 from kontext_jax.weights.bundle import untrained_bundle
 
 ROOT = Path(__file__).parents[1]

@@ -21,8 +21,8 @@ from kontext_jax.objectives.flow_matching import (
     velocity_loss,
 )
 from kontext_jax.ops.rope import rope_table
-from kontext_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from kontext_jax.pictures import latents
+from kontext_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 
 CHANNELS, TARGET, NUM_TEXT = 4, (2, 2), 2
 KEY = jax.random.key(7)

@@ -14,7 +14,7 @@ import kontext_jax
 from convert_weights import open_foreign_bundle
 from kontext_jax.numerics import DIFFUSERS
 from kontext_jax.pictures import latents
-from kontext_jax.pipeline import Pipeline
+from kontext_jax.sampling.pipeline import Pipeline
 
 GOLDENS = Path(__file__).parent / "goldens"
 TOKENIZERS = Path(kontext_jax.__file__).parent / "assets" / "tokenizers"

@@ -22,7 +22,7 @@ from kontext_jax.objectives.guidance_distillation import (
     teacher_velocities,
 )
 from kontext_jax.objectives.state import make_train_state
-from kontext_jax.training_checkpoints import Checkpoints
+from kontext_jax.training.checkpoints import Checkpoints
 
 SEEDS = 3
 POOL = 2048

@@ -12,9 +12,9 @@ from interrupted_runs import run_whole_and_broken
 from kontext_jax.data.config import DataConfig
 from kontext_jax.models.judges.feature_heads import FeatureHeadsConfig
 from kontext_jax.objectives.ladd import LADDConfig
-from kontext_jax.task_table import make_task
-from kontext_jax.train_config import EvalConfig
-from kontext_jax.training_checkpoints import CheckpointConfig
+from kontext_jax.training.checkpoints import CheckpointConfig
+from kontext_jax.training.config import EvalConfig
+from kontext_jax.training.tasks.table import make_task
 from kontext_jax.weights.bundle import untrained_bundle
 from kontext_jax.weights.run import training_bundle
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kontext_jax import metrics
 from kontext_jax.runtime import processes
+from kontext_jax.training import metrics
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from optax.contrib import scale_by_muon
 
 from kontext_jax.models.mmdit import MMDiT, init_params
 from kontext_jax.models.presets import MMDiTConfig
-from kontext_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from kontext_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 
 STACKS = {  # of two layers, with two heads of four channels
     "double_blocks": {

@@ -11,8 +11,8 @@ from PIL import Image
 
 from kontext_jax.models.presets import PRESETS, MMDiTConfig, VAEConfig
 from kontext_jax.numerics import EXACT
-from kontext_jax.pipeline import Failure, Pipeline, Place
-from kontext_jax.requests import SampleRequest, prepare
+from kontext_jax.sampling.pipeline import Failure, Pipeline, Place
+from kontext_jax.sampling.requests import SampleRequest, prepare
 from kontext_jax.weights import bundle as checkpoint
 
 MICRO = dataclasses.replace(
@@ -222,7 +222,7 @@ def test_bfloat16_is_near_float32(another, pipeline, picture):
 
 
 def test_tiles_do_not_show(another, pipeline, monkeypatch):
-    monkeypatch.setattr("kontext_jax.stages.TILE_PX", 32)
+    monkeypatch.setattr("kontext_jax.sampling.stages.TILE_PX", 32)
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
     tiled = another(tiling="on")
     whole = pipeline.encode_picture(pixels)

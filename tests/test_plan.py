@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from kontext_jax import train_config
 from kontext_jax.plan import __main__ as plan
 from kontext_jax.plan import chart, commands, measure, programs, report, sampling, sweep, targets
 from kontext_jax.runtime.chips import CHIPS
 from kontext_jax.runtime.sharding import MeshConfig
 from kontext_jax.terminal import load_config
+from kontext_jax.training import config as train_config
 from tests.test_hlo_cost import TPU
 
 V5P = CHIPS["v5p"]

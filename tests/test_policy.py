@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import toy2d
 
-from kontext_jax import teacher
 from kontext_jax.flow import policy
 from kontext_jax.flow.samplers import euler_sample, make_sampler, policy_sample
 from kontext_jax.models.presets import PRESETS
@@ -18,8 +17,9 @@ from kontext_jax.objectives.policy_distillation import (
     make_policy_distillation,
 )
 from kontext_jax.objectives.state import make_train_state
-from kontext_jax.optimizer import OptimizerConfig, make_optimizer
 from kontext_jax.storage.safetensors_reader import flatten
+from kontext_jax.training import teacher
+from kontext_jax.training.optimizer import OptimizerConfig, make_optimizer
 from kontext_jax.weights.bundle import untrained_bundle
 
 

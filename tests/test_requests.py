@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from kontext_jax.models.presets import PRESETS
-from kontext_jax.requests import (
+from kontext_jax.sampling.requests import (
     FIELDS,
     SampleRequest,
     complete,

@@ -15,11 +15,11 @@ from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from convert_weights.lora_export import write_lora
-from kontext_jax import runs
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.pictures import files as images
-from kontext_jax.requests import find_image
 from kontext_jax.runtime.programs import CACHE_VARIABLE
+from kontext_jax.sampling import output
+from kontext_jax.sampling.requests import find_image
 from kontext_jax.weights import bundle as checkpoint
 from tests.lora_helpers import draw_adapter
 
@@ -387,7 +387,7 @@ def test_ctrl_c_ends_quietly(cli, sample, monkeypatch):
 
 def test_the_step_line_ends_by_clearing_itself():
     stream = io.StringIO()
-    line = runs.StepLine(stream)
+    line = output.StepLine(stream)
     for done in (0, 1, 2, 3):
         line(done, 3)
     shown = stream.getvalue().split("\r")

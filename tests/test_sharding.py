@@ -18,15 +18,15 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from kontext_jax import config_tree
 from kontext_jax.models.lora import LoraConfig, init_lora
 from kontext_jax.models.presets import CONFIG_CLASSES, PRESETS
 from kontext_jax.objectives.base import TokenBatch
 from kontext_jax.objectives.state import make_train_state
-from kontext_jax.optimizer import OptimizerConfig, make_optimizer
 from kontext_jax.runtime import sharding
 from kontext_jax.runtime.sharding import MeshConfig
-from kontext_jax.training_checkpoints import config_difference
+from kontext_jax.training import config_tree
+from kontext_jax.training.checkpoints import config_difference
+from kontext_jax.training.optimizer import OptimizerConfig, make_optimizer
 from kontext_jax.weights.bundle import parameter_shapes
 
 ROOT = Path(__file__).parents[1]

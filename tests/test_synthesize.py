@@ -9,11 +9,10 @@ import pytest
 from encode_helpers import contents, run, text_of, write_pairs
 
 import convert_weights.runs
-from kontext_jax import synthesis
-from kontext_jax.data import synthesize
 from kontext_jax.data.encoded.batches import CachedBatches, EncodedCache
 from kontext_jax.data.encoded.records import CacheError, ShardWriter, shard_paths
 from kontext_jax.flow.samplers import initial_noise
+from kontext_jax.precompute import synthesis, synthesize
 from kontext_jax.weights.bundle import untrained_bundle
 
 

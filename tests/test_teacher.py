@@ -12,7 +12,7 @@ from kontext_jax.models.conditioning import of_batch
 from kontext_jax.models.mmdit import MMDiT, make_velocity_fn
 from kontext_jax.models.presets import PRESETS, MMDiTConfig
 from kontext_jax.storage.safetensors_reader import flatten, unflatten
-from kontext_jax.teacher import Teacher, with_guidance_input
+from kontext_jax.training.teacher import Teacher, with_guidance_input
 from kontext_jax.weights.bundle import Component, ModelBundle, parameter_shapes, untrained_leaf
 
 CONFIG = MMDiTConfig(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kontext_jax import metrics
-from kontext_jax.training_journal import SAMPLES
+from kontext_jax.training import metrics
+from kontext_jax.training.journal import SAMPLES
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "training.md"

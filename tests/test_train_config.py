@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from kontext_jax import train_config
 from kontext_jax.data.config import DataConfig
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig
-from kontext_jax.optimizer import OptimizerConfig
-from kontext_jax.train_config import EvalConfig, LogConfig, TrainConfig
+from kontext_jax.training import config as train_config
+from kontext_jax.training.config import EvalConfig, LogConfig, TrainConfig
+from kontext_jax.training.optimizer import OptimizerConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))

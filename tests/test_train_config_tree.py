@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from kontext_jax import config_tree
+from kontext_jax.training import config_tree
 
 
 @dataclasses.dataclass(frozen=True)

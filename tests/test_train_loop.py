@@ -11,11 +11,13 @@ import pytest
 from config_tasks import read_config
 from light_task import LightTask
 
-from kontext_jax import metrics, train_config, train_loop
 from kontext_jax.pictures.files import read_metadata
 from kontext_jax.runtime.sharding import MeshConfig, make_mesh
-from kontext_jax.task_table import TASKS
-from kontext_jax.training_checkpoints import CheckpointConfig, Checkpoints
+from kontext_jax.training import config as train_config
+from kontext_jax.training import loop as train_loop
+from kontext_jax.training import metrics
+from kontext_jax.training.checkpoints import CheckpointConfig, Checkpoints
+from kontext_jax.training.tasks.table import TASKS
 
 KINDS = ("train", "eval", "eval_ema")
 

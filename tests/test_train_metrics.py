@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from kontext_jax import metrics
+from kontext_jax.training import metrics
 
 
 class Clock:

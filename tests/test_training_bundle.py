@@ -20,7 +20,7 @@ from kontext_jax.models.presets import PRESETS
 from kontext_jax.objectives.state import make_train_state
 from kontext_jax.storage.safetensors_reader import flatten
 from kontext_jax.storage.step_folders import CheckpointError
-from kontext_jax.training_checkpoints import Checkpoints
+from kontext_jax.training.checkpoints import Checkpoints
 from kontext_jax.weights import bundle as checkpoint
 from kontext_jax.weights.adapters import adapter_from_tree
 from kontext_jax.weights.run import is_run, open_run

@@ -17,7 +17,7 @@ from etils import epath
 from kontext_jax.objectives.state import make_train_state
 from kontext_jax.storage import arrays as array_store
 from kontext_jax.storage import step_folders
-from kontext_jax.training_checkpoints import (
+from kontext_jax.training.checkpoints import (
     CheckpointConfig,
     CheckpointError,
     Checkpoints,

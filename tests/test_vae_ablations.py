@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kontext_jax.evaluation.reconstruction_metrics import METRICS
-from kontext_jax.train_config import check_complete, parse
+from kontext_jax.training.config import check_complete, parse
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,8 +11,8 @@ import pytest
 import sample
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.pictures import latents
-from kontext_jax.requests import SampleRequest
-from kontext_jax.warming import blank_requests
+from kontext_jax.sampling.requests import SampleRequest
+from kontext_jax.sampling.warming import blank_requests
 
 ROOT = Path(__file__).parents[1]
 # Runs sample.py, then prints how often JAX's cache of programs was asked, and what was traced.

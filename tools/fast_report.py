@@ -29,8 +29,8 @@ from kontext_jax.evaluation.edit_features import Features
 from kontext_jax.evaluation.edit_report import markdown, rows_sheet
 from kontext_jax.evaluation.rows import OpenRow, Row, open_rows
 from kontext_jax.pictures.files import load_picture, resize, write_png
-from kontext_jax.requests import find_image
 from kontext_jax.runtime import programs
+from kontext_jax.sampling.requests import find_image
 from kontext_jax.weights.perceptual import load_perceptual
 
 FEW = (4, 2, 1)

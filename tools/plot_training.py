@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from kontext_jax import metrics
 from kontext_jax.flow.path import gaussian_loss_floor
+from kontext_jax.training import metrics
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 560, 400, 60, 50, 40
 LOSSES = (0.01, 3.0)  # drawn from and to

@@ -29,24 +29,26 @@ import numpy as np
 from pages import insert
 
 from convert_weights.runs import open_weights
-from kontext_jax import task_table, train_config, train_loop
 from kontext_jax.data.worlds.scenes import WORLDS
 from kontext_jax.evaluation import edits
 from kontext_jax.evaluation.edit_model import Model
 from kontext_jax.evaluation.edit_report import markdown, rate_text
 from kontext_jax.flow.path import timestep_schedule
 from kontext_jax.flow.samplers import euler_sample, guided_velocity_fn
-from kontext_jax.flow_matching_task import FlowMatchingTask
 from kontext_jax.models.conditioning import make_conditioning
 from kontext_jax.models.flops import mmdit_flops
 from kontext_jax.models.mmdit import Conditioning, MMDiT, make_velocity_fn
 from kontext_jax.models.presets import PRESETS, MMDiTConfig
 from kontext_jax.pictures import latents
 from kontext_jax.runtime import programs
-from kontext_jax.stages import Stages
+from kontext_jax.sampling.stages import Stages
 from kontext_jax.storage.safetensors_reader import unflatten
 from kontext_jax.storage.safetensors_writer import write_json
 from kontext_jax.terminal import load_config
+from kontext_jax.training import config as train_config
+from kontext_jax.training import loop as train_loop
+from kontext_jax.training.tasks import table as task_table
+from kontext_jax.training.tasks.flow_matching import FlowMatchingTask
 from kontext_jax.weights.bundle import Component
 from kontext_jax.weights.run import open_run
 
@@ -256,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     programs.keep_compiled_programs(programs.default_cache_dir())
     encode = [
-        *("-m", "kontext_jax.data.encode", f"scenes:easy:train:{args.scenes}", "-q"),
+        *("-m", "kontext_jax.precompute.encode", f"scenes:easy:train:{args.scenes}", "-q"),
         *("--weights", str(args.runs / "encoders"), "--resolution", "64", "--dtype", "float32"),
         *("--batch_size", "50", "--out", str(args.runs / "ablations" / "encoded")),
     ]

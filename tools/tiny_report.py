@@ -28,10 +28,10 @@ from kontext_jax.evaluation.edit_features import Features
 from kontext_jax.evaluation.edit_model import Model
 from kontext_jax.evaluation.line_chart import Point, line_chart
 from kontext_jax.pictures.files import write_png
-from kontext_jax.pipeline import Pipeline
-from kontext_jax.requests import SampleRequest, prepare
 from kontext_jax.runtime import programs
-from kontext_jax.stages import Stages
+from kontext_jax.sampling.pipeline import Pipeline
+from kontext_jax.sampling.requests import SampleRequest, prepare
+from kontext_jax.sampling.stages import Stages
 from kontext_jax.storage import step_folders
 from kontext_jax.storage.safetensors_writer import write_json
 from kontext_jax.weights.perceptual import load_perceptual

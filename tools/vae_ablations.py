@@ -34,9 +34,9 @@ from pathlib import Path
 import numpy as np
 from pages import insert
 
-from kontext_jax import metrics
 from kontext_jax.evaluation.reconstruction import bootstrap
 from kontext_jax.evaluation.reconstruction_metrics import METRICS
+from kontext_jax.training import metrics
 
 ROOT = Path(__file__).parents[1]
 RATES = (4, 8, 16)

@@ -311,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from convert_weights.runs import open_weights
     from kontext_jax.pictures.files import write_png
     from kontext_jax.runtime import programs
-    from kontext_jax.stages import Stages
+    from kontext_jax.sampling.stages import Stages
 
     programs.keep_compiled_programs(programs.default_cache_dir())
     bundle = open_weights(args.weights)

@@ -9,7 +9,6 @@ from typing import Any
 
 import rich.console
 
-from kontext_jax import config_tree, train_config
 from kontext_jax.data.buckets import bucket_sizes
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.plan import chart, measure, programs, sampling, sweep, targets
@@ -21,10 +20,12 @@ from kontext_jax.plan.report import (
     size_text,
     time_text,
 )
-from kontext_jax.requests import did_you_mean
 from kontext_jax.runtime.placement import parse_mesh
+from kontext_jax.sampling.requests import did_you_mean
 from kontext_jax.terminal import load_config
-from kontext_jax.train_config import TrainConfig
+from kontext_jax.training import config as train_config
+from kontext_jax.training import config_tree
+from kontext_jax.training.config import TrainConfig
 
 SHORT_DTYPES = {"bfloat16": "bf16", "float32": "f32"}
 NOT_PARAMETERS = 0.01  # share of the traffic below which a kind of collective is not of parameters

@@ -21,11 +21,11 @@ from kontext_jax.ops.attention import backend_for
 from kontext_jax.plan.targets import Target
 from kontext_jax.runtime import sharding
 from kontext_jax.runtime.compiler_options import Purpose
-from kontext_jax.task_table import make_task
-from kontext_jax.train_config import DISTILLATIONS, TrainConfig
-from kontext_jax.train_loop import abstract_state, check_batch_size, tree_bytes
-from kontext_jax.training_tasks import DTYPES
-from kontext_jax.transformer_task import UNTRAINED
+from kontext_jax.training.config import DISTILLATIONS, TrainConfig
+from kontext_jax.training.loop import abstract_state, check_batch_size, tree_bytes
+from kontext_jax.training.tasks.base import DTYPES
+from kontext_jax.training.tasks.table import make_task
+from kontext_jax.training.tasks.transformer import UNTRAINED
 from kontext_jax.weights.bundle import parameter_shapes, untrained_bundle
 
 

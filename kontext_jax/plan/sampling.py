@@ -23,9 +23,9 @@ from kontext_jax.plan.programs import Program
 from kontext_jax.plan.targets import Target
 from kontext_jax.runtime import placement, sharding
 from kontext_jax.runtime.sharding import MeshConfig
-from kontext_jax.stages import Stages
-from kontext_jax.train_loop import tree_bytes
-from kontext_jax.warming import BlankTokenizers
+from kontext_jax.sampling.stages import Stages
+from kontext_jax.sampling.warming import BlankTokenizers
+from kontext_jax.training.loop import tree_bytes
 from kontext_jax.weights.bundle import parameter_shapes, untrained_bundle
 from kontext_jax.weights.card import Sampler
 

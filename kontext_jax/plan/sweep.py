@@ -16,7 +16,7 @@ from kontext_jax.plan.report import GIB, Report, new_table, size_text, time_text
 from kontext_jax.plan.targets import Target
 from kontext_jax.runtime import sharding
 from kontext_jax.runtime.sharding import MeshConfig
-from kontext_jax.train_config import TrainConfig
+from kontext_jax.training.config import TrainConfig
 
 # From the least memory to the most.
 REMATS = ("full", "save_attention", "save_outputs", "save_qkv", "save_products", "none")

@@ -9,8 +9,8 @@ from typing import Any
 
 from jax.experimental import topologies
 
-from kontext_jax.requests import did_you_mean
 from kontext_jax.runtime.chips import CHIPS, Chip
+from kontext_jax.sampling.requests import did_you_mean
 
 TPUS = ("v5e", "v5p", "v6e")
 GPUS = ("h100", "h200")

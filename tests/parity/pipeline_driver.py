@@ -16,7 +16,7 @@ from kontext_jax.numerics import DIFFUSERS, Numerics
 from kontext_jax.pictures import files as images
 from kontext_jax.pictures import latents
 from kontext_jax.pictures.sizes import SizePlan, plan_sizes
-from kontext_jax.pipeline import Pipeline
+from kontext_jax.sampling.pipeline import Pipeline
 
 DEFAULT_MAX_AREA = 1024**2
 DEFAULT_TEXT_TOKENS = 512

@@ -17,8 +17,8 @@ from kontext_jax.models.mmdit import MMDiT
 from kontext_jax.objectives.base import TokenBatch, make_gradient_step
 from kontext_jax.objectives.flow_matching import velocity_loss
 from kontext_jax.objectives.state import make_train_state
-from kontext_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from kontext_jax.pictures import latents
+from kontext_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 
 pytestmark = pytest.mark.parity
 

@@ -14,7 +14,7 @@ from kontext_jax.models.presets import MMDiTConfig
 from kontext_jax.objectives.base import TokenBatch, make_gradient_step
 from kontext_jax.objectives.flow_matching import velocity_loss
 from kontext_jax.objectives.state import make_train_state
-from kontext_jax.optimizer import OptimizerConfig, make_optimizer
+from kontext_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 
 def to_published(config: MMDiTConfig, tree, naming: str) -> dict[str, np.ndarray]:

@@ -24,10 +24,10 @@ from kontext_jax.numerics import NUMERICS
 from kontext_jax.pictures import latents
 from kontext_jax.pictures.files import Picture
 from kontext_jax.pictures.sizes import Size, plan_sizes
-from kontext_jax.pipeline import Failure, Pipeline
-from kontext_jax.requests import PreparedRequest, SampleRequest, prepare_pictures
 from kontext_jax.runtime import sharding
 from kontext_jax.runtime.program_files import KeptProgram
+from kontext_jax.sampling.pipeline import Failure, Pipeline
+from kontext_jax.sampling.requests import PreparedRequest, SampleRequest, prepare_pictures
 from kontext_jax.weights.bundle import parameter_shapes
 
 TILES_LATER = "the autoencoder's programs for tiles are compiled when they first run"

@@ -19,8 +19,6 @@ import jax
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
-from kontext_jax import config_tree, train_config
-from kontext_jax.metrics import Speed
 from kontext_jax.objectives.base import mean_metrics, use_key
 from kontext_jax.runtime import compiler_options
 from kontext_jax.runtime.chips import chip_of
@@ -34,14 +32,17 @@ from kontext_jax.runtime.sharding import (
     process_share,
     state_shardings,
 )
-from kontext_jax.sample_grid import first_rows, make_grid
 from kontext_jax.storage.step_folders import CheckpointError, find_damage
-from kontext_jax.task_table import make_task
-from kontext_jax.train_config import TrainConfig
-from kontext_jax.training_checkpoints import Checkpoints, config_difference
-from kontext_jax.training_data import Reading, held_out_batches, open_data
-from kontext_jax.training_journal import CONFIG_FILE, Journal, Profile, is_due
-from kontext_jax.training_tasks import Devices, OpenWeights, Task, Tell
+from kontext_jax.training import config as train_config
+from kontext_jax.training import config_tree
+from kontext_jax.training.checkpoints import Checkpoints, config_difference
+from kontext_jax.training.config import TrainConfig
+from kontext_jax.training.data import Reading, held_out_batches, open_data
+from kontext_jax.training.journal import CONFIG_FILE, Journal, Profile, is_due
+from kontext_jax.training.metrics import Speed
+from kontext_jax.training.sample_grid import first_rows, make_grid
+from kontext_jax.training.tasks.base import Devices, OpenWeights, Task, Tell
+from kontext_jax.training.tasks.table import make_task
 from kontext_jax.weights.bundle import Place
 
 CHECKPOINTS, INDEX = "checkpoints", "data_index"

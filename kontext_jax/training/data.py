@@ -14,7 +14,7 @@ from kontext_jax.data.encoded.batches import CachedBatches, EncodedCache
 from kontext_jax.data.loader import make_loader
 from kontext_jax.data.mixing import MixedBatches
 from kontext_jax.runtime.processes import from_all
-from kontext_jax.train_config import TrainConfig
+from kontext_jax.training.config import TrainConfig
 
 EVAL_SEED = 0  # one order of the held-out examples for all runs, so that their losses compare
 

@@ -8,9 +8,9 @@ from kontext_jax.models.lora import init_lora, scaled
 from kontext_jax.models.mmdit import Conditioning, make_velocity_fn
 from kontext_jax.objectives.base import TokenBatch
 from kontext_jax.objectives.flow_matching import make_flow_matching
-from kontext_jax.train_config import TrainConfig
-from kontext_jax.training_tasks import OpenWeights, Work
-from kontext_jax.transformer_task import TransformerTask
+from kontext_jax.training.config import TrainConfig
+from kontext_jax.training.tasks.base import OpenWeights, Work
+from kontext_jax.training.tasks.transformer import TransformerTask
 from kontext_jax.types import Params, VelocityFn
 from kontext_jax.weights.bundle import Place, parameter_shapes
 

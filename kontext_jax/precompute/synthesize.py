@@ -26,14 +26,21 @@ from kontext_jax.data.check import parse_arguments
 from kontext_jax.data.encoded import folder as encoded_folder
 from kontext_jax.data.encoded.batches import EncodedCache
 from kontext_jax.data.encoded.records import ShardWriter, facts_hash, lock_part
-from kontext_jax.data.encoding_jobs import read_stored
 from kontext_jax.data.index import hash_id
-from kontext_jax.encoding import Networks, check_room, progress_line, size_text
 from kontext_jax.models.conditioning import ENCODER_KINDS, encoder_facts
 from kontext_jax.pictures.latents import PIXELS_PER_TOKEN
+from kontext_jax.precompute.encoding import Networks, check_room, progress_line, size_text
+from kontext_jax.precompute.jobs import read_stored
+from kontext_jax.precompute.synthesis import (
+    CachedGivens,
+    Givens,
+    PromptGivens,
+    Recipe,
+    Synthesis,
+    choose,
+)
 from kontext_jax.runtime.placement import parse_mesh, sampling_mesh
-from kontext_jax.stages import DTYPES, Stages
-from kontext_jax.synthesis import CachedGivens, Givens, PromptGivens, Recipe, Synthesis, choose
+from kontext_jax.sampling.stages import DTYPES, Stages
 from kontext_jax.weights.bundle import ModelBundle
 
 DEFAULT_GUIDANCE, DEFAULT_NUM_STEPS = 2.5, 28

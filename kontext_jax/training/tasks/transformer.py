@@ -20,13 +20,13 @@ from kontext_jax.models.tokenizing import Tokenizers
 from kontext_jax.objectives.base import Objective, TokenBatch, num_samples
 from kontext_jax.objectives.state import TrainState, make_train_state
 from kontext_jax.ops.attention import Backend, backend_for
-from kontext_jax.optimizer import make_optimizer, make_schedule
 from kontext_jax.pictures import latents
 from kontext_jax.runtime.chips import peak_flops
 from kontext_jax.runtime.sharding import batch_shardings, shard_batch
-from kontext_jax.teacher import with_guidance_input, with_velocities
-from kontext_jax.train_config import TrainConfig
-from kontext_jax.training_tasks import DTYPES, Devices, OpenWeights, Work
+from kontext_jax.training.config import TrainConfig
+from kontext_jax.training.optimizer import make_optimizer, make_schedule
+from kontext_jax.training.tasks.base import DTYPES, Devices, OpenWeights, Work
+from kontext_jax.training.teacher import with_guidance_input, with_velocities
 from kontext_jax.types import Params, VelocityFn
 from kontext_jax.weights.bundle import Component, ModelBundle, Place, untrained_bundle
 

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import ml_collections
 
-from kontext_jax import config_tree
 from kontext_jax.data.config import DataConfig
 from kontext_jax.models.judges.discriminators import DiscriminatorConfig
 from kontext_jax.models.judges.feature_heads import FeatureHeadsConfig
@@ -25,10 +24,11 @@ from kontext_jax.objectives.guidance_distillation import GuidanceDistillationCon
 from kontext_jax.objectives.ladd import LADDConfig
 from kontext_jax.objectives.policy_distillation import PolicyDistillationConfig
 from kontext_jax.ops.attention import Backend
-from kontext_jax.optimizer import OptimizerConfig
-from kontext_jax.requests import did_you_mean
 from kontext_jax.runtime.sharding import MeshConfig
-from kontext_jax.training_checkpoints import CheckpointConfig
+from kontext_jax.sampling.requests import did_you_mean
+from kontext_jax.training import config_tree
+from kontext_jax.training.checkpoints import CheckpointConfig
+from kontext_jax.training.optimizer import OptimizerConfig
 
 REQUIRED = "REQUIRED"  # stands in a config file where only the user can know the value
 

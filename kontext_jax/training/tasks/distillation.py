@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-from kontext_jax import config_tree
 from kontext_jax.flow.guidance import cfg
 from kontext_jax.models.flops import mmdit_flops
 from kontext_jax.models.presets import MMDiTConfig
@@ -13,10 +12,11 @@ from kontext_jax.objectives.guidance_distillation import (
     teacher_velocities,
 )
 from kontext_jax.objectives.policy_distillation import make_policy_distillation
-from kontext_jax.teacher import NO_GUIDANCE, Teacher
-from kontext_jax.train_config import TrainConfig
-from kontext_jax.training_tasks import OpenWeights, Work
-from kontext_jax.transformer_task import TransformerTask
+from kontext_jax.training import config_tree
+from kontext_jax.training.config import TrainConfig
+from kontext_jax.training.tasks.base import OpenWeights, Work
+from kontext_jax.training.tasks.transformer import TransformerTask
+from kontext_jax.training.teacher import NO_GUIDANCE, Teacher
 from kontext_jax.weights.bundle import ModelBundle, Place
 from kontext_jax.weights.card import defaults_of_run
 

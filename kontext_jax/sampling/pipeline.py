@@ -23,9 +23,9 @@ import kontext_jax
 from kontext_jax.flow.samplers import initial_noise
 from kontext_jax.pictures import files as images
 from kontext_jax.pictures import latents
-from kontext_jax.requests import PreparedRequest, request_to_dict
 from kontext_jax.runtime.placement import format_mesh
-from kontext_jax.stages import OnStep, Stages
+from kontext_jax.sampling.requests import PreparedRequest, request_to_dict
+from kontext_jax.sampling.stages import OnStep, Stages
 
 METADATA_FORMAT = 1
 TOKENS_PER_BATCH = 8192  # a batch is filled up to this: one edit of a megapixel, several small ones

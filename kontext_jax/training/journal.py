@@ -5,13 +5,13 @@ from typing import Any
 import jax
 from etils import epath
 
-from kontext_jax import train_config
-from kontext_jax.metrics import MetricLog, Progress, RunFiles, Speed
 from kontext_jax.objectives.base import mean_metrics
 from kontext_jax.pictures.files import write_png
 from kontext_jax.storage.step_folders import write_text
-from kontext_jax.train_config import TrainConfig
-from kontext_jax.training_tasks import Tell
+from kontext_jax.training import config as train_config
+from kontext_jax.training.config import TrainConfig
+from kontext_jax.training.metrics import MetricLog, Progress, RunFiles, Speed
+from kontext_jax.training.tasks.base import Tell
 
 STANDINGS = ("skipped_total", "skipped_in_a_row")  # metrics whose last value tells, not the mean
 CONFIG_FILE, SAMPLES, PROFILE = "config.json", "samples", "profile"

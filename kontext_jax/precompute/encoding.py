@@ -24,9 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kontext_jax.data.buckets import Kind
 from kontext_jax.data.dataset import Dataset
 from kontext_jax.data.encoded.records import CacheError, SampleEntry, ShardWriter, prompt_key
-from kontext_jax.data.encoding_jobs import Cutting, Job
 from kontext_jax.data.sources.examples import BadSample
-from kontext_jax.metrics import duration
 from kontext_jax.models.conditioning import (
     Encoders,
     encode_pictures,
@@ -35,6 +33,8 @@ from kontext_jax.models.conditioning import (
     make_encoders,
 )
 from kontext_jax.models.tokenizing import Tokenizers
+from kontext_jax.precompute.jobs import Cutting, Job
+from kontext_jax.training.metrics import duration
 from kontext_jax.weights.bundle import ModelBundle
 
 Tell = Callable[[str], None]

@@ -21,11 +21,11 @@ from kontext_jax.objectives.autoencoder import (
 )
 from kontext_jax.objectives.base import Objective, use_key
 from kontext_jax.objectives.state import TrainState
-from kontext_jax.optimizer import make_optimizer, make_schedule
 from kontext_jax.pictures import latents
 from kontext_jax.runtime.sharding import shard_batch
-from kontext_jax.train_config import TrainConfig
-from kontext_jax.training_tasks import DTYPES, Devices, OpenWeights, Work
+from kontext_jax.training.config import TrainConfig
+from kontext_jax.training.optimizer import make_optimizer, make_schedule
+from kontext_jax.training.tasks.base import DTYPES, Devices, OpenWeights, Work
 from kontext_jax.types import Params
 from kontext_jax.weights.bundle import Place
 from kontext_jax.weights.perceptual import load_perceptual, perceptual_dir, perceptual_shapes

@@ -28,11 +28,11 @@ from kontext_jax.data.config import DataConfig
 from kontext_jax.data.dataset import open_dataset
 from kontext_jax.data.encoded import folder as encoded_folder
 from kontext_jax.data.encoded.records import ShardWriter, facts_hash, lock_part
-from kontext_jax.data.encoding_jobs import Cutting, bytes_needed, list_jobs, read_stored
 from kontext_jax.data.filters import FilterError
-from kontext_jax.encoding import Encoding, Networks, check_room, progress_line, size_text
 from kontext_jax.models.conditioning import encoder_facts
-from kontext_jax.stages import DTYPES
+from kontext_jax.precompute.encoding import Encoding, Networks, check_room, progress_line, size_text
+from kontext_jax.precompute.jobs import Cutting, bytes_needed, list_jobs, read_stored
+from kontext_jax.sampling.stages import DTYPES
 from kontext_jax.weights.bundle import ModelBundle, untrained_bundle
 
 DATA_OPTIONS = (

@@ -20,9 +20,9 @@ from kontext_jax.data.buckets import Kind
 from kontext_jax.data.encoded.batches import EncodedCache
 from kontext_jax.data.encoded.records import SampleEntry, ShardWriter, prompt_key
 from kontext_jax.data.index import hash_id
-from kontext_jax.encoding import Networks
 from kontext_jax.flow.samplers import initial_noise
-from kontext_jax.stages import Stages
+from kontext_jax.precompute.encoding import Networks
+from kontext_jax.sampling.stages import Stages
 
 SHARD_S = 300.0  # a shard is closed when it is so old, since its examples took long to make
 

@@ -3,16 +3,16 @@
 import jax
 import jax.numpy as jnp
 
-from kontext_jax.distillation_task import DistillationTask
 from kontext_jax.models.judges.feature_heads import FeatureHeads
 from kontext_jax.models.judges.features import evenly_spaced, make_feature_fn
 from kontext_jax.objectives.adversarial import Adversary
 from kontext_jax.objectives.base import TokenBatch
 from kontext_jax.objectives.ladd import LADDConfig, make_ladd, start_ladd
 from kontext_jax.objectives.state import TrainState
-from kontext_jax.optimizer import make_optimizer, make_schedule
-from kontext_jax.train_config import TrainConfig
-from kontext_jax.training_tasks import OpenWeights, Work
+from kontext_jax.training.config import TrainConfig
+from kontext_jax.training.optimizer import make_optimizer, make_schedule
+from kontext_jax.training.tasks.base import OpenWeights, Work
+from kontext_jax.training.tasks.distillation import DistillationTask
 from kontext_jax.types import Params
 
 NUM_HEADS = 8  # where no blocks are named

@@ -15,8 +15,16 @@ import jax
 
 from kontext_jax.models.presets import Preset
 from kontext_jax.pictures import files as images
-from kontext_jax.pipeline import MAX_BATCH, METADATA_FORMAT, Failure, Pipeline, Place, versions
-from kontext_jax.requests import (
+from kontext_jax.runtime.placement import format_mesh, num_batch_parts, parse_mesh
+from kontext_jax.sampling.pipeline import (
+    MAX_BATCH,
+    METADATA_FORMAT,
+    Failure,
+    Pipeline,
+    Place,
+    versions,
+)
+from kontext_jax.sampling.requests import (
     Job,
     PreparedRequest,
     SampleRequest,
@@ -24,7 +32,6 @@ from kontext_jax.requests import (
     prepare,
     request_from_dict,
 )
-from kontext_jax.runtime.placement import format_mesh, num_batch_parts, parse_mesh
 from kontext_jax.weights.adapters import AppliedAdapter
 
 Tell = Callable[[str], None]

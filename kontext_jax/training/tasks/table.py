@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
-from kontext_jax.autoencoder_task import AutoencoderTask
-from kontext_jax.distillation_task import GuidanceDistillationTask, PolicyDistillationTask
-from kontext_jax.flow_matching_task import FlowMatchingTask
-from kontext_jax.ladd_task import LADDTask
-from kontext_jax.train_config import TrainConfig
-from kontext_jax.training_tasks import OpenWeights, Task
+from kontext_jax.training.config import TrainConfig
+from kontext_jax.training.tasks.autoencoder import AutoencoderTask
+from kontext_jax.training.tasks.base import OpenWeights, Task
+from kontext_jax.training.tasks.distillation import GuidanceDistillationTask, PolicyDistillationTask
+from kontext_jax.training.tasks.flow_matching import FlowMatchingTask
+from kontext_jax.training.tasks.ladd import LADDTask
 
 TASKS: dict[str, Callable[[TrainConfig, OpenWeights], Task]] = {
     "flow_matching": FlowMatchingTask,
