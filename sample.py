@@ -242,7 +242,7 @@ def add_loras(bundle, given: list[str] | None, recipe):
     Returns:
       (bundle, whether they are those of the picture).
     """
-    from convert_weights.lora import open_adapter
+    from convert_weights.lora.read import open_adapter
     from kontext_jax.sampling import output as runs
     from kontext_jax.weights import adapters
 

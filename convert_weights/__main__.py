@@ -14,8 +14,8 @@ from rich.console import Console
 
 from convert_weights.compare import compare, describe
 from convert_weights.layouts import TITLES
-from convert_weights.lora_export import LAYOUTS as LORA_LAYOUTS
-from convert_weights.lora_export import convert_lora
+from convert_weights.lora.write import LAYOUTS as LORA_LAYOUTS
+from convert_weights.lora.write import convert_lora
 from convert_weights.mix import mix
 from convert_weights.runs import run_to_jax, run_to_torch
 from convert_weights.to_jax import Summary, to_jax

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from convert_weights.__main__ import main
-from convert_weights.lora import read_lora
-from convert_weights.lora_export import lora_tensors, write_lora
+from convert_weights.lora.read import read_lora
+from convert_weights.lora.write import lora_tensors, write_lora
 from convert_weights.rules import WeightMismatchError, make_plan
 from convert_weights.tables import TABLES
 from kontext_jax.models.presets import PRESETS

@@ -14,7 +14,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from convert_weights.lora_export import write_lora
+from convert_weights.lora.write import write_lora
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.pictures import files as images
 from kontext_jax.runtime.programs import CACHE_VARIABLE

@@ -13,7 +13,7 @@ import pytest
 
 from convert_weights import read_component
 from convert_weights.__main__ import main as convert
-from convert_weights.lora import open_adapter
+from convert_weights.lora.read import open_adapter
 from convert_weights.runs import open_weights
 from kontext_jax.models.lora import LoraConfig, init_lora, merge
 from kontext_jax.models.presets import PRESETS

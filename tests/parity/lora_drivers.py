@@ -6,7 +6,7 @@ import numpy as np
 from shared_cases import Call
 from shared_drivers import known_fields, load_mmdit, pe_of
 
-from convert_weights.lora import read_lora
+from convert_weights.lora.read import read_lora
 from kontext_jax.models.presets import MMDiTConfig
 from kontext_jax.storage.safetensors_reader import flatten, unflatten
 from kontext_jax.weights.adapters import Adapter, leaf_edits

@@ -13,8 +13,8 @@ from lora_drivers import merged
 from shared_drivers import pe_of
 
 from convert_weights import read_component
-from convert_weights.lora import read_lora
-from convert_weights.lora_export import write_lora
+from convert_weights.lora.read import read_lora
+from convert_weights.lora.write import write_lora
 from kontext_jax.models.lora import LoraConfig, init_lora
 from kontext_jax.models.mmdit import MMDiT
 from kontext_jax.pictures import latents

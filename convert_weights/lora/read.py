@@ -17,14 +17,14 @@ import numpy as np
 
 from convert_weights.io import lossless_dtype
 from convert_weights.layouts import TITLES, read_json_object
-from convert_weights.lora_layers import (
+from convert_weights.lora import table
+from convert_weights.lora.layers import (
     PublishedLayer,
     PublishedLeaf,
     published_layers,
     replaceable_leaves,
 )
 from convert_weights.rules import WeightMismatchError, natural_key
-from convert_weights.tables import lora as table
 from kontext_jax.models.presets import Config
 from kontext_jax.storage.safetensors_reader import (
     FLOAT_DTYPES,

@@ -10,9 +10,9 @@ import numpy as np
 
 from convert_weights.compare import open_any
 from convert_weights.layouts import TITLES
-from convert_weights.lora import open_adapter, open_networks
+from convert_weights.lora import table
+from convert_weights.lora.read import open_adapter, open_networks
 from convert_weights.rules import WeightMismatchError
-from convert_weights.tables import lora as table
 from kontext_jax.models.presets import PRESETS, Config
 from kontext_jax.storage.safetensors_reader import TensorInfo, cast
 from kontext_jax.storage.safetensors_writer import SafetensorsWriter

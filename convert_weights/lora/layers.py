@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from convert_weights.lora.table import XLABS, XLABS_SECTIONS
 from convert_weights.rules import Flip, Move, Part, Row, make_plan
 from convert_weights.tables import TABLES
-from convert_weights.tables.lora import XLABS, XLABS_SECTIONS
 from kontext_jax.models.presets import Config
 from kontext_jax.weights.adapters import LowRank
 
