@@ -179,14 +179,15 @@ def open_weights(
 ):
     """The bundle that --weights, --model, --raw-params and --checkpoint mean."""
     from kontext_jax.models.presets import PRESETS
-    from kontext_jax.sampling.requests import did_you_mean
+    from kontext_jax.terminal import did_you_mean
     from kontext_jax.weights import bundle as checkpoint
+    from kontext_jax.weights.untrained import untrained_bundle
 
     model_or_shipped = model or SHIPPED
     if weights is None and model_or_shipped in checkpoint.PACKAGED:
         return checkpoint.shipped_bundle(model_or_shipped)
     if weights is None and model == UNTRAINED:
-        return checkpoint.untrained_bundle("tiny")
+        return untrained_bundle("tiny")
     names = tuple(PRESETS)
     if weights is None:
         names = tuple(dict.fromkeys((*checkpoint.PACKAGED, *PRESETS, UNTRAINED)))
@@ -196,12 +197,12 @@ def open_weights(
             f"{', '.join(names)}"
         )
     if weights is None and shapes_suffice:
-        return checkpoint.untrained_bundle(model)
+        return untrained_bundle(model)
     if weights is None:
         raise ValueError(
             f"{model} needs its weights; give --weights PATH, or use --model {SHIPPED} without any"
         )
-    from convert_weights.runs import open_weights as open_any
+    from convert_weights.open import open_weights as open_any
 
     return open_any(weights, model, which="params" if raw_params else None, step=step)
 
@@ -243,21 +244,25 @@ def add_loras(bundle, given: list[str] | None, recipe):
       (bundle, whether they are those of the picture).
     """
     from convert_weights.lora.read import open_adapter
-    from kontext_jax.sampling import output as runs
+    from kontext_jax.sampling.recipes import (
+        check_loras,
+        find_loras,
+        same_loras,
+    )
     from kontext_jax.weights import adapters
 
     if given is not None:
         wanted = [parse_lora(text) for text in given]
     else:
-        wanted = runs.find_loras(recipe) if recipe else []
+        wanted = find_loras(recipe) if recipe else []
     configs = {kind: component.config for kind, component in bundle.components.items()}
     loras = [(open_adapter(path, configs), scale) for path, scale in wanted]
     bundle = adapters.with_adapters(bundle, loras)
     if recipe is None:
         return bundle, True
     if given is None:
-        runs.check_loras(recipe, bundle.adapters)
-    if not runs.same_loras(recipe.loras, bundle.adapters):
+        check_loras(recipe, bundle.adapters)
+    if not same_loras(recipe.loras, bundle.adapters):
         return bundle, False
     # The names in the metadata stay as they were, wherever the files lie now.
     return dataclasses.replace(bundle, adapters=recipe.loras), True
@@ -322,6 +327,7 @@ def run(given: dict) -> int:
     """Runs what the flags ask for."""
     # Imported when the flags are known to be good: JAX takes a second or two.
     from kontext_jax.sampling import requests
+    from kontext_jax.sampling.jobs import read_jobs
 
     flags = {FIELD_OF_FLAG.get(name, name): value for name, value in given.items()}
     fields = {name: flags.pop(name) for name in requests.FIELDS if name in flags}
@@ -337,7 +343,13 @@ def run(given: dict) -> int:
     from kontext_jax.runtime import programs
     from kontext_jax.runtime.placement import format_mesh, parse_mesh, sampling_mesh
     from kontext_jax.sampling import output as runs
+    from kontext_jax.sampling.jobs import run_jobs
     from kontext_jax.sampling.pipeline import Pipeline
+    from kontext_jax.sampling.recipes import (
+        differences_here,
+        prepare_again,
+        read_recipe,
+    )
 
     def tell(line: str) -> None:
         if not quiet:
@@ -346,8 +358,8 @@ def run(given: dict) -> int:
     def tell_error(line: str) -> None:
         print(f"error: {line}", file=sys.stderr, flush=True)
 
-    job_list = requests.read_jobs(jobs) if jobs else None
-    recipe = runs.read_recipe(Path(recipe_path)) if recipe_path else None
+    job_list = read_jobs(jobs) if jobs else None
+    recipe = read_recipe(Path(recipe_path)) if recipe_path else None
     model = flags.get("model")
     if recipe and not flags.get("weights"):
         model = model or model_of(recipe)
@@ -360,7 +372,7 @@ def run(given: dict) -> int:
             f"{recipe_path} was made with {recipe.model} weights {recipe.weights[:12]}…, found "
             f"{bundle.preset.name} {bundle.identity[:12]}…; give the same with --weights"
         )
-    bundle, same_loras = add_loras(bundle, flags.get("lora"), recipe)
+    bundle, as_then = add_loras(bundle, flags.get("lora"), recipe)
     dtype, tiling = flags.get("dtype"), flags.get("tile", "auto")
     mesh_sizes = recipe.mesh if recipe else {}
     if "mesh" in flags:
@@ -370,9 +382,9 @@ def run(given: dict) -> int:
         return warm(bundle, fields, flags, mesh, tell)
     prepared = base = place = None
     if recipe:
-        prepared, same = runs.prepare_again(recipe, bundle.preset, fields)
+        prepared, same = prepare_again(recipe, bundle.preset, fields)
         dtype, tiling = dtype or recipe.dtype, flags.get("tile", recipe.tiling)
-        same = same and same_loras and (dtype, tiling) == (recipe.dtype, recipe.tiling)
+        same = same and as_then and (dtype, tiling) == (recipe.dtype, recipe.tiling)
         same = same and mesh_sizes == recipe.mesh
         place = recipe.place if same else None
     elif not jobs:
@@ -414,7 +426,7 @@ def run(given: dict) -> int:
         tell(f"compiled programs are kept in {kept} (--no-cache: they are not)")
     if recipe and place:
         tell(f"making {recipe_path} again")
-        for difference in runs.differences_here(recipe):
+        for difference in differences_here(recipe):
             tell(f"note: the last bits may differ: {difference}")
     elif recipe:
         tell(f"a new request after {recipe_path}, with changed options")
@@ -422,7 +434,7 @@ def run(given: dict) -> int:
     progress = sys.stderr.isatty() and not quiet
     status = 0
     if jobs:
-        failed = runs.run_jobs(
+        failed = run_jobs(
             pipeline,
             job_list,
             Path(jobs).parent,

@@ -57,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def open_weights(path: str):
     """The bundle of a weight directory, a run's folder, or weights as others publish them."""
-    from convert_weights.runs import open_weights
+    from convert_weights.open import open_weights
 
     return open_weights(path, complete=False)
 

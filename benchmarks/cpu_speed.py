@@ -96,9 +96,10 @@ def make_jax_run(settings: dict):
 
     from convert_weights import rules
     from convert_weights.tables import mmdit as table
+    from kontext_jax.batches import Conditioning
     from kontext_jax.flow.path import timestep_mu, timestep_schedule
     from kontext_jax.flow.samplers import euler_sample
-    from kontext_jax.models.mmdit import Conditioning, MMDiT, make_velocity_fn, prepare_steps
+    from kontext_jax.models.mmdit import MMDiT, make_velocity_fn, prepare_steps
     from kontext_jax.ops.rope import rope_table
 
     config = settings["config"]

@@ -27,6 +27,7 @@ from kontext_jax.sampling.pipeline import Failure, Pipeline
 from kontext_jax.sampling.requests import PreparedRequest, SampleRequest
 from kontext_jax.sampling.warming import WarmingPipeline, blank_requests
 from kontext_jax.weights import bundle as checkpoint
+from kontext_jax.weights.untrained import untrained_bundle
 
 EDIT_TIMER = "an edit from prompt and pictures to pixels, host to host; not loading or compiling"
 START_TIMER = "making all programs of an edit in a process that has none in memory"
@@ -35,10 +36,10 @@ START_TIMER = "making all programs of an edit in a process that has none in memo
 def open_bundle(args: argparse.Namespace) -> checkpoint.ModelBundle:
     """The model, its transformer with other sizes if --layers or --heads ask for that."""
     if args.weights:
-        from convert_weights.runs import open_weights
+        from convert_weights.open import open_weights
 
         return open_weights(args.weights, args.preset)
-    bundle = checkpoint.untrained_bundle(args.preset or "tiny")
+    bundle = untrained_bundle(args.preset or "tiny")
     mmdit = bundle.components["mmdit"]
     config = mmdit.config
     if args.heads:

@@ -23,7 +23,8 @@ from convert_weights.io import NonFiniteError, open_components
 from convert_weights.rules import WeightMismatchError
 from convert_weights.sources import open_foreign_bundle
 from kontext_jax.models.presets import Config
-from kontext_jax.storage.safetensors_reader import TensorFileError, unflatten
+from kontext_jax.storage.safetensors_reader import TensorFileError
+from kontext_jax.trees import unflatten
 from kontext_jax.weights.bundle import as_dtype
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from typing import Any
 
 from convert_weights.layouts import read_json_object
 from convert_weights.rules import WeightMismatchError
-from kontext_jax.storage.safetensors_writer import write_json
+from kontext_jax.flow.names import Sampler
+from kontext_jax.storage.atomic import write_json
 from kontext_jax.weights import card as model_card
-from kontext_jax.weights.card import Sampler
 
 FILE = "scheduler/scheduler_config.json"
 CLASS_NAME = "FlowMatchEulerDiscreteScheduler"

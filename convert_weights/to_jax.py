@@ -26,13 +26,14 @@ from convert_weights.sources import (
     resolve,
     tokenizer_kind,
 )
+from kontext_jax.storage.atomic import write_folder, write_json
 from kontext_jax.storage.safetensors_reader import (
     TensorFileError,
     TensorInfo,
     dtype_name,
     find_safetensors,
 )
-from kontext_jax.storage.safetensors_writer import SafetensorsWriter, write_folder, write_json
+from kontext_jax.storage.safetensors_writer import SafetensorsWriter
 from kontext_jax.weights import bundle as checkpoint
 from kontext_jax.weights.bundle import KINDS
 

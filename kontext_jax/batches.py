@@ -5,7 +5,7 @@ the same step: the same number of references, and pictures of the same sizes.
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import flax.struct
 import jax
@@ -78,3 +78,30 @@ class Batches(Protocol):
 
     def close(self) -> None:
         """Ends threads and worker processes."""
+
+
+@flax.struct.dataclass
+class Conditioning:
+    """What a batch of images is made from, besides noise and time."""
+
+    txt: jax.Array  # [B, T, context_in_dim]
+    vec: jax.Array  # [B, vec_in_dim]
+    guidance: jax.Array | None  # [B]; None for a model that takes none
+    ctx: jax.Array | None  # [B, Lc, C] tokens of the references; None for text to image
+    pe: jax.Array  # [2, S, Dh/2] or [B, 2, S, Dh/2] for text, target and references, in this order
+
+
+@flax.struct.dataclass
+class TokenBatch:
+    """Examples of one optimizer step. All fields but SHARED lead with the axis of the samples."""
+
+    SHARED: ClassVar[frozenset[str]] = frozenset({"null_txt", "null_vec", "pe"})
+
+    x0: jax.Array  # [B, L, C] clean tokens of the target
+    ctx: jax.Array | None  # [B, Lc, C] tokens of the references; None for text to image
+    txt: jax.Array  # [B, T, D_txt]
+    vec: jax.Array  # [B, D_vec]
+    null_txt: jax.Array  # [T, D_txt] features of the empty prompt
+    null_vec: jax.Array  # [D_vec]
+    pe: jax.Array  # [2, S, Dh/2] rotary table of text, target and references
+    grid: tuple[int, int] | None = flax.struct.field(pytree_node=False, default=None)

@@ -1,8 +1,13 @@
 """What the commands of the top level have in common; imports nothing that takes time."""
 
 import argparse
+import contextlib
 import difflib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 SETTING = "--config."  # begins the flags that change a setting of a config file
 
@@ -66,3 +71,107 @@ def load_config(path: str):
     if not hasattr(module, "get_config"):
         raise ValueError(f"{path} has no function get_config(); see configs/tiny.py")
     return module.get_config()
+
+
+def did_you_mean(word: Any, choices: Sequence[str]) -> str:
+    """ ", did you mean …?" for the nearest of `choices`, or nothing."""
+    near = difflib.get_close_matches(str(word), choices, n=1, cutoff=0.5)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def duration(seconds: float) -> str:
+    """A span of time in its two largest units: "3 d 4 h", "12 min 30 s", "8 s"."""
+    left = round(seconds)
+    parts = []
+    for name, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, size)
+        if count or (name == "s" and not parts):
+            parts.append(f"{count} {name}")
+    return " ".join(parts[:2])
+
+
+class StepLine:
+    """A line on a terminal that shows how far a batch is and what a step takes."""
+
+    def __init__(self, stream=sys.stderr):
+        self._stream = stream
+        self._last = time.perf_counter()
+
+    def __call__(self, done: int, num_steps: int) -> None:
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        text = f"  {'━' * (24 * done // num_steps):<24} step {done}/{num_steps}"
+        if done:  # what came before the first step was compiling
+            text += f"  {seconds:.2f} s a step, {(num_steps - done) * seconds:.0f} s left"
+        self._stream.write(f"\r{text:<78}" if done < num_steps else f"\r{'':<78}\r")
+        self._stream.flush()
+
+
+Tell = Callable[[str], None]
+
+
+def size_text(count: float) -> str:
+    """Bytes for people: "4.2 MB"."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 999.5 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:.3g} {unit}" if count < 999.5 else f"{count:,.0f} {unit}"
+
+
+TERMINAL_EVERY_S, LINES_EVERY_S = 0.5, 10.0
+
+
+@contextlib.contextmanager
+def progress_line(
+    total: int, images_per: float, tell: Tell, *, quiet: bool, verb: str = "encoded"
+) -> Iterator["ProgressLine"]:
+    """A `ProgressLine` of a command: drawn over itself on a terminal, else told now and then."""
+    if quiet or not sys.stdout.isatty():
+        yield ProgressLine(total, images_per, tell, LINES_EVERY_S, verb=verb)
+        return
+
+    def draw(line: str) -> None:
+        print(f"\r{line:<78}", end="", flush=True)
+
+    yield ProgressLine(total, images_per, draw, TERMINAL_EVERY_S, verb=verb)
+    draw("")
+    print("\r", end="")
+
+
+class ProgressLine:
+    """How far the work is: images a second and what is left of the time.
+
+    Args:
+      total: (sample, variant) of this run.
+      images_per: pictures in one of them, on average.
+      show: is given the line.
+      every_s: seconds between lines.
+      verb: what happened to what is done.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        images_per: float,
+        show: Tell,
+        every_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        verb: str = "encoded",
+    ):
+        self._total, self._images_per, self._show = total, images_per, show
+        self._verb = verb
+        self._every_s, self._clock = every_s, clock
+        self._start = self._last = clock()
+
+    def __call__(self, done: int) -> None:
+        now = self._clock()
+        if now - self._last < self._every_s:
+            return
+        self._last = now
+        rate = done / (now - self._start)
+        left = duration((self._total - done) / rate) if rate else "?"
+        self._show(
+            f"{self._verb} {done:,} of {self._total:,} · {rate * self._images_per:.3g} images/s · "
+            f"{left} left"
+        )

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from kontext_jax.runtime.sharding import MeshConfig, make_mesh
 from kontext_jax.terminal import load_config
-from kontext_jax.training import loop as train_loop
 from kontext_jax.training.config import TrainConfig, parse
+from kontext_jax.training.tasks import base
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -22,7 +22,7 @@ def count(params) -> int:
 
 
 def abstract_state(task):
-    return train_loop.abstract_state(task, make_mesh(MeshConfig(), jax.devices()[:1]))
+    return base.abstract_state(task, make_mesh(MeshConfig(), jax.devices()[:1]))
 
 
 def trace_step(task, size: tuple[int, int], num_references: int):

@@ -9,6 +9,7 @@ from kontext_jax.training import loop as train_loop
 from kontext_jax.training import metrics
 from kontext_jax.training.checkpoints import Checkpoints
 from kontext_jax.training.config import EvalConfig
+from kontext_jax.training.tasks.base import abstract_state
 from kontext_jax.training.tasks.table import make_task
 
 SAMPLES = EvalConfig(
@@ -35,7 +36,7 @@ def run_whole_and_broken(config, folder, open_weights):
     assert any(line.startswith("going on from step 3") for line in lines)
     assert (whole / "samples" / "4.png").exists()
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    abstract = train_loop.abstract_state(make_task(config, open_weights), mesh)
+    abstract = abstract_state(make_task(config, open_weights), mesh)
     states = []
     for run in (whole, broken):
         with Checkpoints(run / train_loop.CHECKPOINTS) as checkpoints:

@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from kontext_jax.batches import Conditioning, TokenBatch
 from kontext_jax.flow.samplers import euler_sample
 from kontext_jax.hlo.collectives import collectives
 from kontext_jax.models import mmdit, token_layout
-from kontext_jax.models.mmdit import Conditioning, MMDiT, init_params, make_velocity_fn
+from kontext_jax.models.mmdit import MMDiT, init_params, make_velocity_fn
 from kontext_jax.models.presets import MMDiTConfig
-from kontext_jax.objectives.base import TokenBatch
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig, make_flow_matching
 from kontext_jax.objectives.state import make_train_state
 from kontext_jax.ops.attention import attention

@@ -9,14 +9,15 @@ from config_tasks import count, read_config, trace_step
 
 from kontext_jax.data.config import DataConfig
 from kontext_jax.models.judges.perceptual import ALEXNET
-from kontext_jax.storage.safetensors_reader import TensorFileError, flatten
+from kontext_jax.storage.safetensors_reader import TensorFileError
 from kontext_jax.training import loop as train_loop
 from kontext_jax.training import metrics
 from kontext_jax.training.checkpoints import CheckpointConfig
 from kontext_jax.training.tasks.table import make_task
-from kontext_jax.weights.bundle import untrained_bundle
+from kontext_jax.trees import flatten
 from kontext_jax.weights.perceptual import FOLDER_VARIABLE, perceptual_shapes, save_perceptual
 from kontext_jax.weights.run import training_bundle
+from kontext_jax.weights.untrained import untrained_bundle
 
 OFF = (
     ("autoencoder.adversarial_weight", "0"),

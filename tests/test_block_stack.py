@@ -5,20 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kontext_jax.batches import Conditioning
 from kontext_jax.models import lora
-from kontext_jax.models.mmdit import (
-    BLOCK_STACKS,
-    Conditioning,
-    MMDiT,
-    init_params,
-    make_velocity_fn,
-    unstacked,
-)
+from kontext_jax.models.mmdit import BLOCK_STACKS, MMDiT, init_params, make_velocity_fn, unstacked
 from kontext_jax.models.presets import MMDiTConfig
 from kontext_jax.ops.rope import rope_table
 from kontext_jax.runtime import sharding
 from kontext_jax.sampling import stages
-from kontext_jax.weights.bundle import Listed, untrained_bundle
+from kontext_jax.weights.bundle import Listed
+from kontext_jax.weights.untrained import untrained_bundle
 
 CONFIG = MMDiTConfig(
     in_channels=8,

@@ -9,14 +9,11 @@ import numpy as np
 import pytest
 
 from kontext_jax.models.presets import PRESETS
-from kontext_jax.storage.safetensors_reader import TensorFileError, flatten
+from kontext_jax.storage.safetensors_reader import TensorFileError
+from kontext_jax.trees import flatten
 from kontext_jax.weights import bundle as checkpoint
-from kontext_jax.weights.bundle import (
-    open_bundle,
-    save_component,
-    untrained_bundle,
-    write_manifest,
-)
+from kontext_jax.weights.bundle import open_bundle, save_component, write_manifest
+from kontext_jax.weights.untrained import untrained_bundle
 
 TINY = PRESETS["tiny"]
 

@@ -7,15 +7,16 @@ import pytest
 
 from convert_weights.__main__ import main
 from convert_weights.mix import mix
-from kontext_jax.storage.safetensors_reader import flatten, unflatten
+from kontext_jax.trees import flatten, unflatten
 from kontext_jax.weights import bundle as checkpoint
+from kontext_jax.weights.untrained import untrained_bundle
 
 FAST = {"default_num_steps": 2, "default_sampler": "renoise", "default_timesteps": (1.0, 0.4)}
 
 
 def save(folder, seed, dtype=np.float32, preset="tiny", kinds=checkpoint.KINDS, **card):
     """The untrained model of `preset` with drawn values; its leaves by component."""
-    bundle, rng = checkpoint.untrained_bundle(preset), np.random.default_rng(seed)
+    bundle, rng = untrained_bundle(preset), np.random.default_rng(seed)
     leaves = {}
     for kind in kinds:
         component = bundle.components[kind]

@@ -16,7 +16,8 @@ from convert_weights.io import OwnComponent, open_components
 from convert_weights.to_jax import to_jax
 from convert_weights.to_torch import to_torch
 from kontext_jax.models.presets import MMDiTConfig
-from kontext_jax.storage.safetensors_reader import DTYPES, SafetensorsFile, flatten, open_tensors
+from kontext_jax.storage.safetensors_reader import DTYPES, SafetensorsFile, open_tensors
+from kontext_jax.trees import flatten
 from kontext_jax.weights import bundle as checkpoint
 from tests.convert_helpers import (
     CLIP,

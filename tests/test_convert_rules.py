@@ -8,7 +8,7 @@ import pytest
 from convert_weights.rules import Flip, Part, Row, make_plan, tiled_copy
 from convert_weights.tables import TABLES
 from kontext_jax.models.presets import PRESETS
-from kontext_jax.storage.safetensors_reader import flatten
+from kontext_jax.trees import flatten
 from kontext_jax.weights import bundle as checkpoint
 from tests.convert_helpers import CONFIGS, MMDIT, VAE, random_tensors
 

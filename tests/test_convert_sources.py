@@ -21,7 +21,8 @@ from convert_weights.layouts import guess_preset
 from convert_weights.to_jax import to_jax
 from convert_weights.to_torch import to_torch
 from kontext_jax.models.presets import PRESETS, MMDiTConfig
-from kontext_jax.storage.safetensors_reader import TensorFileError, flatten
+from kontext_jax.storage.safetensors_reader import TensorFileError
+from kontext_jax.trees import flatten
 from kontext_jax.weights import bundle as checkpoint
 from tests.convert_helpers import (
     CLIP,

@@ -19,14 +19,14 @@ from kontext_jax.models.flops import mmdit_flops
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.objectives.guidance_distillation import GuidanceDistillationConfig
 from kontext_jax.plan import programs
-from kontext_jax.storage.safetensors_reader import flatten
 from kontext_jax.training import config as train_config
 from kontext_jax.training.checkpoints import CheckpointConfig
 from kontext_jax.training.config import EvalConfig, TrainConfig
 from kontext_jax.training.loop import dry_run
 from kontext_jax.training.tasks.table import make_task
-from kontext_jax.weights.bundle import untrained_bundle
+from kontext_jax.trees import flatten
 from kontext_jax.weights.run import training_bundle
+from kontext_jax.weights.untrained import untrained_bundle
 
 TINY = read_config("tiny_guidance_distill")
 

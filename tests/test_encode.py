@@ -15,7 +15,6 @@ import pytest
 from kontext_jax.batches import EncodedBatch
 from kontext_jax.models.conditioning import (
     encode_batch,
-    load_encoder_params,
     make_conditioning,
     make_encoders,
     null_text,
@@ -24,7 +23,8 @@ from kontext_jax.models.conditioning import (
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.models.tokenizing import Tokenizers
 from kontext_jax.pictures import latents
-from kontext_jax.weights.bundle import untrained_bundle
+from kontext_jax.weights.encoders import load_encoder_params
+from kontext_jax.weights.untrained import untrained_bundle
 
 ROOT = Path(__file__).parents[1]
 TINY = PRESETS["tiny"]

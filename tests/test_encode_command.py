@@ -20,10 +20,12 @@ from kontext_jax.data.config import DataConfig
 from kontext_jax.data.encoded.batches import CachedBatches, EncodedCache
 from kontext_jax.data.encoded.records import CacheError, Shard, ShardWriter, shard_paths
 from kontext_jax.data.loader import make_loader
-from kontext_jax.models.conditioning import encode_batch, encoder_facts
+from kontext_jax.models.conditioning import encode_batch
 from kontext_jax.precompute import encode, encoding
 from kontext_jax.precompute import jobs as encoding_jobs
-from kontext_jax.weights.bundle import untrained_bundle
+from kontext_jax.terminal import ProgressLine, size_text
+from kontext_jax.weights.encoders import encoder_facts
+from kontext_jax.weights.untrained import untrained_bundle
 
 ROOT = Path(__file__).parents[1]
 
@@ -273,7 +275,7 @@ def test_buckets_are_refused(data, capsys):
 
 def test_progress_tells_speed_and_time_left():
     lines, now = [], [0.0]
-    progress = encoding.ProgressLine(1000, 2.0, lines.append, 10.0, clock=lambda: now[0])
+    progress = ProgressLine(1000, 2.0, lines.append, 10.0, clock=lambda: now[0])
     for now[0], done in ((5.0, 50), (10.0, 100), (12.0, 120), (20.0, 400)):
         progress(done)
     assert lines == [
@@ -289,7 +291,7 @@ def test_sizes_told_for_the_large_model():
     jobs = [encoding_jobs.Job(0, Kind((1024, 1024), ((1024, 1024),)), (0,))]
     latents, text = encoding_jobs.bytes_needed(PRESETS["kontext-dev"], 2, 512, jobs)
     assert latents == 2 * 524_288 and text == 512 * 4096 * 2 + 768 * 2
-    assert [encoding.size_text(n) for n in (latents, text, 999, 4e15)] == [
+    assert [size_text(n) for n in (latents, text, 999, 4e15)] == [
         "1.05 MB",
         "4.2 MB",
         "999 B",

@@ -10,15 +10,10 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import print_saved_residuals
 
+from kontext_jax.batches import Conditioning
 from kontext_jax.models.judges.feature_heads import FeatureHeads, FeatureHeadsConfig
 from kontext_jax.models.judges.features import evenly_spaced, make_feature_fn
-from kontext_jax.models.mmdit import (
-    Conditioning,
-    MMDiT,
-    init_params,
-    make_velocity_fn,
-    unstacked,
-)
+from kontext_jax.models.mmdit import MMDiT, init_params, make_velocity_fn, unstacked
 from kontext_jax.models.presets import MMDiTConfig
 from kontext_jax.ops.rope import rope_table
 

@@ -10,11 +10,12 @@ import numpy as np
 import optax
 import pytest
 
+from kontext_jax.batches import Conditioning, TokenBatch
 from kontext_jax.flow import path as flow
 from kontext_jax.flow.samplers import euler_sample
-from kontext_jax.models.mmdit import Conditioning, MMDiT, init_params, make_velocity_fn
+from kontext_jax.models.mmdit import MMDiT, init_params, make_velocity_fn
 from kontext_jax.models.presets import MMDiTConfig
-from kontext_jax.objectives.base import TokenBatch, mean_metrics
+from kontext_jax.objectives.base import mean_metrics
 from kontext_jax.objectives.flow_matching import (
     FlowMatchingConfig,
     make_flow_matching,

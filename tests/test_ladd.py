@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import pytest
 
+from kontext_jax.batches import TokenBatch
 from kontext_jax.flow import path as flow
 from kontext_jax.flow.samplers import euler_sample
 from kontext_jax.models.judges.feature_heads import FeatureHeads, FeatureHeadsConfig
 from kontext_jax.objectives.adversarial import Adversary
-from kontext_jax.objectives.base import TokenBatch, sample_keys, use_key
+from kontext_jax.objectives.base import sample_keys, use_key
 from kontext_jax.objectives.ladd import (
     LADDConfig,
     gradient_penalty,

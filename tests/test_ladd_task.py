@@ -15,8 +15,8 @@ from kontext_jax.objectives.ladd import LADDConfig
 from kontext_jax.training.checkpoints import CheckpointConfig
 from kontext_jax.training.config import EvalConfig
 from kontext_jax.training.tasks.table import make_task
-from kontext_jax.weights.bundle import untrained_bundle
 from kontext_jax.weights.run import training_bundle
+from kontext_jax.weights.untrained import untrained_bundle
 
 
 @pytest.mark.parametrize(

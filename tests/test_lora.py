@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from kontext_jax.batches import Conditioning, TokenBatch
 from kontext_jax.models.lora import (
     TARGETS,
     LoraConfig,
@@ -21,12 +22,12 @@ from kontext_jax.models.lora import (
     trainable_share,
     unmerge,
 )
-from kontext_jax.models.mmdit import Conditioning, MMDiT, init_params, make_velocity_fn
+from kontext_jax.models.mmdit import MMDiT, init_params, make_velocity_fn
 from kontext_jax.models.presets import PRESETS
-from kontext_jax.objectives.base import TokenBatch, mean_metrics
+from kontext_jax.objectives.base import mean_metrics
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig, make_flow_matching
 from kontext_jax.ops.rope import rope_table
-from kontext_jax.storage.safetensors_reader import flatten, unflatten
+from kontext_jax.trees import flatten, unflatten
 from kontext_jax.weights import bundle as checkpoint
 from kontext_jax.weights.adapters import (
     Adapter,
@@ -36,7 +37,8 @@ from kontext_jax.weights.adapters import (
     leaf_edits,
     with_adapters,
 )
-from kontext_jax.weights.bundle import parameter_shapes, untrained_bundle
+from kontext_jax.weights.bundle import parameter_shapes
+from kontext_jax.weights.untrained import untrained_bundle
 from tests.convert_helpers import MMDIT
 from tests.lora_helpers import draw_adapter, draw_tree
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import print_saved_residuals
 
+from kontext_jax.batches import Conditioning
 from kontext_jax.flow.path import timestep_schedule
 from kontext_jax.flow.samplers import euler_sample
 from kontext_jax.models.layers import (
@@ -23,7 +24,6 @@ from kontext_jax.models.layers import (
 )
 from kontext_jax.models.mmdit import (
     REMAT_POLICIES,
-    Conditioning,
     MMDiT,
     init_params,
     make_velocity_fn,

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 
 from kontext_jax.flow import path as flow
+from kontext_jax.flow.names import check_timesteps
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.objectives.ladd import LADDConfig
-from kontext_jax.sampling.output import prepare_again
+from kontext_jax.sampling.recipes import prepare_again
 from kontext_jax.sampling.requests import SampleRequest, complete, prepare, request_from_dict
 from kontext_jax.storage.safetensors_reader import TensorFileError
 from kontext_jax.training.config import TrainConfig
 from kontext_jax.training.config_tree import to_dict
 from kontext_jax.weights import bundle as checkpoint
-from kontext_jax.weights.card import check_defaults, check_timesteps, defaults_of_run, sampling_rule
+from kontext_jax.weights.card import check_defaults, defaults_of_run, sampling_rule
 
 FAST = {
     "default_num_steps": 4,

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
+from kontext_jax.batches import TokenBatch
 from kontext_jax.objectives.base import (
-    TokenBatch,
     make_gradient_step,
     mean_metrics,
     micro_batch,

@@ -23,12 +23,8 @@ from kontext_jax.models.judges.perceptual import (
     PerceptualConfig,
 )
 from kontext_jax.objectives.autoencoder import AutoencoderConfig
-from kontext_jax.storage.safetensors_reader import (
-    SafetensorsFile,
-    TensorFileError,
-    flatten,
-    unflatten,
-)
+from kontext_jax.storage.safetensors_reader import SafetensorsFile, TensorFileError
+from kontext_jax.trees import flatten, unflatten
 from kontext_jax.weights.perceptual import load_perceptual, perceptual_shapes, save_perceptual
 
 SMALL = PerceptualConfig(

@@ -13,7 +13,7 @@ from kontext_jax.models.presets import PRESETS, MMDiTConfig, VAEConfig
 from kontext_jax.numerics import EXACT
 from kontext_jax.sampling.pipeline import Failure, Pipeline, Place
 from kontext_jax.sampling.requests import SampleRequest, prepare
-from kontext_jax.weights import bundle as checkpoint
+from kontext_jax.weights.untrained import untrained_bundle
 
 MICRO = dataclasses.replace(
     PRESETS["tiny"],
@@ -47,7 +47,7 @@ def quick_compilation():
 def bundle():
     PRESETS["micro"] = MICRO
     try:
-        yield checkpoint.untrained_bundle("micro")
+        yield untrained_bundle("micro")
     finally:
         del PRESETS["micro"]
 

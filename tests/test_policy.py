@@ -17,10 +17,10 @@ from kontext_jax.objectives.policy_distillation import (
     make_policy_distillation,
 )
 from kontext_jax.objectives.state import make_train_state
-from kontext_jax.storage.safetensors_reader import flatten
-from kontext_jax.training import teacher
 from kontext_jax.training.optimizer import OptimizerConfig, make_optimizer
-from kontext_jax.weights.bundle import untrained_bundle
+from kontext_jax.trees import flatten
+from kontext_jax.weights.grown import with_velocities
+from kontext_jax.weights.untrained import untrained_bundle
 
 
 def small_steps(estimates, x, t, end, tau, num_steps=16_000):
@@ -92,7 +92,7 @@ def test_samplers_and_networks_must_fit():
 
 def test_a_transformer_gives_its_velocity_several_times_edits_included():
     component = untrained_bundle("tiny-scenes").components["mmdit"]
-    grown = teacher.with_velocities(component, 3)
+    grown = with_velocities(component, 3)
     edits = {"final_layer/kernel": lambda leaf: leaf + 1}
     before, after = (dict(flatten(c.load(edits=edits))) for c in (component, grown))
     assert grown.config.out_channels == 3 * component.config.out_channels

@@ -15,6 +15,7 @@ import pytest
 
 from convert_weights.__main__ import main as convert_weights
 from kontext_jax.weights import bundle as checkpoint
+from kontext_jax.weights.untrained import untrained_bundle
 
 ROOT = Path(__file__).parents[1]
 SET_UP = ("python3 -m venv", ".venv/bin/")
@@ -30,7 +31,7 @@ def readme_commands() -> list[str]:
 
 def write_published_weights(folder: Path) -> None:
     """The tiny model as a diffusers folder and as BFL's files, under the README's names."""
-    bundle = checkpoint.untrained_bundle("tiny")
+    bundle = untrained_bundle("tiny")
     own = folder / "tiny"
     for kind, component in bundle.components.items():
         checkpoint.save_component(own, kind, component.config, component.load())

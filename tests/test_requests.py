@@ -7,13 +7,13 @@ import pytest
 from PIL import Image
 
 from kontext_jax.models.presets import PRESETS
+from kontext_jax.sampling.jobs import read_jobs
 from kontext_jax.sampling.requests import (
     FIELDS,
     SampleRequest,
     complete,
     find_image,
     prepare,
-    read_jobs,
     request_from_dict,
     request_to_dict,
 )

@@ -18,9 +18,10 @@ from convert_weights.lora.write import write_lora
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.pictures import files as images
 from kontext_jax.runtime.programs import CACHE_VARIABLE
-from kontext_jax.sampling import output
 from kontext_jax.sampling.requests import find_image
+from kontext_jax.terminal import StepLine
 from kontext_jax.weights import bundle as checkpoint
+from kontext_jax.weights.untrained import untrained_bundle
 from tests.lora_helpers import draw_adapter
 
 SCRIPT = Path(__file__).parents[1] / "sample.py"
@@ -288,7 +289,7 @@ def save_weights(
     folder: Path, preset: str, spoil: str | None = None, shift=None, defaults=None
 ) -> None:
     """The untrained tiny model as a weight directory that says it is `preset`."""
-    bundle = checkpoint.untrained_bundle("tiny")
+    bundle = untrained_bundle("tiny")
     for kind, component in bundle.components.items():
         params = component.load()
         if kind == spoil:
@@ -387,7 +388,7 @@ def test_ctrl_c_ends_quietly(cli, sample, monkeypatch):
 
 def test_the_step_line_ends_by_clearing_itself():
     stream = io.StringIO()
-    line = output.StepLine(stream)
+    line = StepLine(stream)
     for done in (0, 1, 2, 3):
         line(done, 3)
     shown = stream.getvalue().split("\r")

@@ -18,9 +18,9 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from kontext_jax.batches import TokenBatch
 from kontext_jax.models.lora import LoraConfig, init_lora
 from kontext_jax.models.presets import CONFIG_CLASSES, PRESETS
-from kontext_jax.objectives.base import TokenBatch
 from kontext_jax.objectives.state import make_train_state
 from kontext_jax.runtime import sharding
 from kontext_jax.runtime.sharding import MeshConfig

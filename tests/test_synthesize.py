@@ -13,7 +13,7 @@ from kontext_jax.data.encoded.batches import CachedBatches, EncodedCache
 from kontext_jax.data.encoded.records import CacheError, ShardWriter, shard_paths
 from kontext_jax.flow.samplers import initial_noise
 from kontext_jax.precompute import synthesis, synthesize
-from kontext_jax.weights.bundle import untrained_bundle
+from kontext_jax.weights.untrained import untrained_bundle
 
 
 class HandStages:

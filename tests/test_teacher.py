@@ -11,9 +11,11 @@ from test_flow_matching import make_batch
 from kontext_jax.models.conditioning import of_batch
 from kontext_jax.models.mmdit import MMDiT, make_velocity_fn
 from kontext_jax.models.presets import PRESETS, MMDiTConfig
-from kontext_jax.storage.safetensors_reader import flatten, unflatten
-from kontext_jax.training.teacher import Teacher, with_guidance_input
-from kontext_jax.weights.bundle import Component, ModelBundle, parameter_shapes, untrained_leaf
+from kontext_jax.training.teacher import Teacher
+from kontext_jax.trees import flatten, unflatten
+from kontext_jax.weights.bundle import Component, ModelBundle, parameter_shapes
+from kontext_jax.weights.grown import with_guidance_input
+from kontext_jax.weights.untrained import untrained_leaf
 
 CONFIG = MMDiTConfig(
     in_channels=4,

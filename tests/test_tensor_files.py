@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 
 from kontext_jax.storage import safetensors_reader
+from kontext_jax.storage.atomic import write_folder
 from kontext_jax.storage.safetensors_reader import (
     DTYPES,
     SafetensorsFile,
@@ -18,17 +19,11 @@ from kontext_jax.storage.safetensors_reader import (
     TensorFileError,
     TensorInfo,
     cast,
-    flatten,
     has_nonfinite,
     open_tensors,
-    unflatten,
 )
-from kontext_jax.storage.safetensors_writer import (
-    SafetensorsWriter,
-    ShardedWriter,
-    plan_shards,
-    write_folder,
-)
+from kontext_jax.storage.safetensors_writer import SafetensorsWriter, ShardedWriter, plan_shards
+from kontext_jax.trees import flatten, unflatten
 
 A = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 B = {"dtype": "U8", "shape": [4], "data_offsets": [24, 28]}

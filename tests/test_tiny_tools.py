@@ -12,12 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from kontext_jax.batches import Conditioning
 from kontext_jax.data.worlds import photos
 from kontext_jax.data.worlds.photo_edits import PhotoSource
 from kontext_jax.data.worlds.scenes import WORLDS, SceneSource, render
 from kontext_jax.evaluation import edits, photographs
 from kontext_jax.evaluation.rows import OpenRow
-from kontext_jax.models.mmdit import Conditioning, MMDiT
+from kontext_jax.models.mmdit import MMDiT
 from kontext_jax.models.presets import MMDiTConfig
 from kontext_jax.terminal import load_config, split_settings
 from kontext_jax.training import config as train_config

@@ -17,6 +17,7 @@ from kontext_jax.training import config as train_config
 from kontext_jax.training import loop as train_loop
 from kontext_jax.training import metrics
 from kontext_jax.training.checkpoints import CheckpointConfig, Checkpoints
+from kontext_jax.training.tasks.base import abstract_state
 from kontext_jax.training.tasks.table import TASKS
 
 KINDS = ("train", "eval", "eval_ema")
@@ -70,7 +71,7 @@ def lines_of(run, *kinds) -> list[dict]:
 def state_of(run, step) -> list[np.ndarray]:
     config = small_config()
     mesh = make_mesh(MeshConfig(), jax.devices())
-    abstract = train_loop.abstract_state(LightTask(config, no_weights), mesh)
+    abstract = abstract_state(LightTask(config, no_weights), mesh)
     state = Checkpoints(run / train_loop.CHECKPOINTS).restore(abstract, step).state
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from kontext_jax.terminal import duration
 from kontext_jax.training import metrics
 
 
@@ -114,4 +115,4 @@ def test_on_a_terminal_the_line_lives(capsys):
     [(0.2, "0 s"), (59.6, "1 min"), (3723, "1 h 2 min"), (90061, "1 d 1 h"), (86400, "1 d")],
 )
 def test_durations_have_two_units(seconds, text):
-    assert metrics.duration(seconds) == text
+    assert duration(seconds) == text

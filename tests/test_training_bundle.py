@@ -14,13 +14,13 @@ import pytest
 from convert_weights import read_component
 from convert_weights.__main__ import main as convert
 from convert_weights.lora.read import open_adapter
-from convert_weights.runs import open_weights
+from convert_weights.open import open_weights
 from kontext_jax.models.lora import LoraConfig, init_lora, merge
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.objectives.state import make_train_state
-from kontext_jax.storage.safetensors_reader import flatten
 from kontext_jax.storage.step_folders import CheckpointError
 from kontext_jax.training.checkpoints import Checkpoints
+from kontext_jax.trees import flatten
 from kontext_jax.weights import bundle as checkpoint
 from kontext_jax.weights.adapters import adapter_from_tree
 from kontext_jax.weights.run import is_run, open_run

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from kontext_jax.batches import TokenBatch
 from kontext_jax.flow.guidance import cfg
 from kontext_jax.flow.samplers import euler_sample
 from kontext_jax.models.layers import timestep_embedding
-from kontext_jax.objectives.base import TokenBatch
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig, make_flow_matching
 from kontext_jax.objectives.guidance_distillation import teacher_velocities
 

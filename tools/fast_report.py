@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tiny_report import DEMO, fill_page, measured, say
 
-from convert_weights.runs import open_weights
+from convert_weights.open import open_weights
 from kontext_jax.data.worlds.scenes import WORLDS
 from kontext_jax.evaluation import distilled, multi_turn
 from kontext_jax.evaluation.edit_features import Features

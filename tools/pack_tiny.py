@@ -19,12 +19,12 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from convert_weights.runs import open_weights
+from convert_weights.open import open_weights
 from convert_weights.to_jax import copy_tokenizer
 from kontext_jax.data.worlds import photo_edits, photos
 from kontext_jax.data.worlds.scenes import WORLDS
 from kontext_jax.evaluation import distilled
-from kontext_jax.storage.safetensors_writer import write_folder
+from kontext_jax.storage.atomic import write_folder
 from kontext_jax.weights.bundle import (
     KINDS,
     ModelBundle,

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert_weights.runs import open_weights
+from convert_weights.open import open_weights
 from kontext_jax.data.worlds.photo_edits import PhotoSource
 from kontext_jax.data.worlds.scenes import CAPTION, WORLDS, SceneSource, World, render
 from kontext_jax.models.clip import CLIPText
@@ -29,7 +29,7 @@ from kontext_jax.models.t5 import T5Encoder
 from kontext_jax.models.tokenizing import Tokenizers
 from kontext_jax.models.vae import VAE
 from kontext_jax.pictures.latents import pixels_to_model
-from kontext_jax.storage.safetensors_writer import write_folder
+from kontext_jax.storage.atomic import write_folder
 from kontext_jax.types import Params
 from kontext_jax.weights.bundle import ASSETS, TOKENIZERS, save_component, write_manifest
 

@@ -28,7 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from pages import insert
 
-from convert_weights.runs import open_weights
+from convert_weights.open import open_weights
+from kontext_jax.batches import Conditioning
 from kontext_jax.data.worlds.scenes import WORLDS
 from kontext_jax.evaluation import edits
 from kontext_jax.evaluation.edit_model import Model
@@ -37,18 +38,18 @@ from kontext_jax.flow.path import timestep_schedule
 from kontext_jax.flow.samplers import euler_sample, guided_velocity_fn
 from kontext_jax.models.conditioning import make_conditioning
 from kontext_jax.models.flops import mmdit_flops
-from kontext_jax.models.mmdit import Conditioning, MMDiT, make_velocity_fn
+from kontext_jax.models.mmdit import MMDiT, make_velocity_fn
 from kontext_jax.models.presets import PRESETS, MMDiTConfig
 from kontext_jax.pictures import latents
 from kontext_jax.runtime import programs
 from kontext_jax.sampling.stages import Stages
-from kontext_jax.storage.safetensors_reader import unflatten
-from kontext_jax.storage.safetensors_writer import write_json
+from kontext_jax.storage.atomic import write_json
 from kontext_jax.terminal import load_config
 from kontext_jax.training import config as train_config
 from kontext_jax.training import loop as train_loop
 from kontext_jax.training.tasks import table as task_table
 from kontext_jax.training.tasks.flow_matching import FlowMatchingTask
+from kontext_jax.trees import unflatten
 from kontext_jax.weights.bundle import Component
 from kontext_jax.weights.run import open_run
 

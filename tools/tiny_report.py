@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from convert_weights.runs import open_weights
+from convert_weights.open import open_weights
 from kontext_jax.data.worlds.scenes import WORLDS
 from kontext_jax.evaluation import edit_report, edits, photographs
 from kontext_jax.evaluation.edit_features import Features
@@ -33,7 +33,7 @@ from kontext_jax.sampling.pipeline import Pipeline
 from kontext_jax.sampling.requests import SampleRequest, prepare
 from kontext_jax.sampling.stages import Stages
 from kontext_jax.storage import step_folders
-from kontext_jax.storage.safetensors_writer import write_json
+from kontext_jax.storage.atomic import write_json
 from kontext_jax.weights.perceptual import load_perceptual
 
 MARK = "<!-- results: written by tools/{} -->"

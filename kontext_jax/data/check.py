@@ -22,7 +22,7 @@ import numpy as np
 from kontext_jax.data.config import DataConfig
 from kontext_jax.data.dataset import Dataset, is_bad, open_dataset
 from kontext_jax.data.filters import FilterError
-from kontext_jax.data.sources.open import FolderSource
+from kontext_jax.data.sources.folder import FolderSource
 
 _TITLE = "target ← references"
 _BAR = 24  # characters of the longest bar

@@ -18,11 +18,11 @@ from concurrent import futures
 import numpy as np
 from etils import epath
 
-from kontext_jax.data.files import write_beside
 from kontext_jax.data.filters import Filter
 from kontext_jax.data.sources.examples import BadSample, Example, ImageRef, Source, digest
 from kontext_jax.pictures.files import decode_picture, picture_size, quiet_pillow
 from kontext_jax.pictures.sizes import Size
+from kontext_jax.storage.atomic import write_beside
 
 FILTERED = "filtered: "  # begins the reasons that are no defects
 _VERSION = 2

@@ -285,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.num < 20:
         parser.error(f"--num is {args.num}; rates of fewer than 20 edits say nothing")
 
-    from convert_weights.runs import open_weights
+    from convert_weights.open import open_weights
     from kontext_jax.pictures.files import write_png
     from kontext_jax.runtime import programs
 

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from kontext_jax.flow.names import Sampler
 from kontext_jax.flow.samplers import initial_noise
 from kontext_jax.pictures.latents import model_to_pixels
 from kontext_jax.pictures.sizes import Size
-from kontext_jax.weights.card import Sampler
 
 BATCH = 50
 

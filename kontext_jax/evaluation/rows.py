@@ -9,11 +9,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from kontext_jax.evaluation.edit_model import Model
-from kontext_jax.sampling.requests import SampleRequest, complete, did_you_mean
+from kontext_jax.flow.names import Sampler
+from kontext_jax.sampling.requests import SampleRequest, complete
 from kontext_jax.sampling.stages import Stages
+from kontext_jax.terminal import did_you_mean
 from kontext_jax.weights import bundle as checkpoint
 from kontext_jax.weights.bundle import ModelBundle
-from kontext_jax.weights.card import Sampler
 
 FIELDS = {"steps": int, "sampler": str, "guidance": float, "cfg": float}
 

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kontext_jax.flow.names import check_timesteps
 from kontext_jax.types import Array, Float, Tokens, typed
-from kontext_jax.weights.card import check_timesteps
 
 
 @typed

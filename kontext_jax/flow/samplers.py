@@ -24,8 +24,8 @@ from jax import lax
 
 from kontext_jax.flow import policy
 from kontext_jax.flow.guidance import cfg
+from kontext_jax.flow.names import SAMPLERS, Sampler
 from kontext_jax.types import VelocityFn
-from kontext_jax.weights.card import SAMPLERS, Sampler
 
 EulerDtype = Literal["float32", "compute", "float32_then_compute"]
 

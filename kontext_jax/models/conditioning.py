@@ -15,25 +15,21 @@ makes of either what an objective takes.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kontext_jax.batches import EncodedBatch
+from kontext_jax.batches import Conditioning, EncodedBatch, TokenBatch
 from kontext_jax.models.clip import CLIPText
-from kontext_jax.models.mmdit import Conditioning
 from kontext_jax.models.presets import MMDiTConfig, Preset
 from kontext_jax.models.t5 import T5Encoder
 from kontext_jax.models.tokenizing import TextIds, Tokenizers
 from kontext_jax.models.vae import VAE
 from kontext_jax.numerics import EXACT, Numerics
-from kontext_jax.objectives.base import TokenBatch
 from kontext_jax.ops.rope import rope_table
 from kontext_jax.pictures import latents
 from kontext_jax.types import Array, Float, Latents, Params, Tokens, UInt8, typed
-from kontext_jax.weights.bundle import ModelBundle, Place, component_identity
 
 
 def encode_text(
@@ -212,44 +208,6 @@ def make_encoders(preset: Preset, dtype: jax.typing.DTypeLike) -> Encoders:
         t5=T5Encoder(preset.t5, dtype),
         clip=CLIPText(preset.clip, dtype),
     )
-
-
-def load_encoder_params(
-    bundle: ModelBundle,
-    dtype: jax.typing.DTypeLike,
-    device: jax.Device | jax.sharding.Sharding | Place | None = None,
-) -> Params:
-    """Reads what `encode_batch` takes: text encoders in `dtype`, the small autoencoder in float32.
-
-    Args:
-      device: where each leaf goes; the default device unless given.
-    """
-    stored = {"vae": jnp.float32, "t5": dtype, "clip": dtype}
-    return {
-        kind: bundle.components[kind].load(dtype=stored[kind], device=device)
-        for kind in ENCODER_KINDS
-    }
-
-
-def encoder_facts(bundle: ModelBundle, max_text_tokens: int) -> dict[str, Any]:
-    """What the results of `encode_batch` depend on beside its inputs and dtype, as JSON.
-
-    Raises:
-      ValueError: the bundle lacks an encoder or a tokenizer.
-    """
-    missing = [kind for kind in ENCODER_KINDS if kind not in bundle.components]
-    missing += [f"{name} tokenizer" for name in ("t5", "clip") if name not in bundle.tokenizer_dirs]
-    if missing:
-        raise ValueError(f"{bundle.source} has no {', '.join(missing)}; name weights that have")
-    facts: dict[str, Any] = {
-        kind: {
-            "config": dataclasses.asdict(bundle.components[kind].config),
-            "weights": component_identity(bundle.components[kind]),
-        }
-        for kind in ENCODER_KINDS
-    }
-    tokenizers = Tokenizers(**bundle.tokenizer_dirs).fingerprints()
-    return {**facts, "tokenizers": tokenizers, "max_text_tokens": max_text_tokens}
 
 
 def encode_pictures(encoders: Encoders, params: Params, pixels: UInt8[Array, "B _ _ 3"]) -> Latents:

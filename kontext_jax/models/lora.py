@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kontext_jax.storage.safetensors_reader import flatten, unflatten
+from kontext_jax.trees import flatten, unflatten
 from kontext_jax.types import Params
 
 # Names for sets of patterns over our modules.

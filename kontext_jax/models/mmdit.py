@@ -15,13 +15,13 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from kontext_jax.batches import Conditioning
 from kontext_jax.models.block_stack import BlockForm, make_stack, tapped, unstack
 from kontext_jax.models.layers import (
     Dense,
@@ -433,17 +433,6 @@ def unstacked(params: Params) -> Params:
 def block_form_for(platform: str) -> BlockForm:
     """The form that samples fastest on a platform ("tpu", "gpu", "cuda", "cpu")."""
     return "list" if platform in ("gpu", "cuda") else "scan"
-
-
-@flax.struct.dataclass
-class Conditioning:
-    """What a batch of images is made from, besides noise and time."""
-
-    txt: jax.Array  # [B, T, context_in_dim]
-    vec: jax.Array  # [B, vec_in_dim]
-    guidance: jax.Array | None  # [B]; None for a model that takes none
-    ctx: jax.Array | None  # [B, Lc, C] tokens of the references; None for text to image
-    pe: jax.Array  # [2, S, Dh/2] or [B, 2, S, Dh/2] for text, target and references, in this order
 
 
 def make_velocity_fn(

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from kontext_jax.weights.card import Sampler
+from kontext_jax.flow.names import Sampler
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,8 @@ and batches combine by what they counted. Any other name is averaged as it is.
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,21 +50,6 @@ class Objective(NamedTuple):
     # (state, frozen, batch, key of the run) → (state, metrics); pure, to be jitted donating state
     evaluate: Callable[[Params, Any, Any, jax.Array], Metrics]  # (params, frozen, batch, key)
 
-
-@flax.struct.dataclass
-class TokenBatch:
-    """Examples of one optimizer step. All fields but SHARED lead with the axis of the samples."""
-
-    SHARED: ClassVar[frozenset[str]] = frozenset({"null_txt", "null_vec", "pe"})
-
-    x0: jax.Array  # [B, L, C] clean tokens of the target
-    ctx: jax.Array | None  # [B, Lc, C] tokens of the references; None for text to image
-    txt: jax.Array  # [B, T, D_txt]
-    vec: jax.Array  # [B, D_vec]
-    null_txt: jax.Array  # [T, D_txt] features of the empty prompt
-    null_vec: jax.Array  # [D_vec]
-    pe: jax.Array  # [2, S, Dh/2] rotary table of text, target and references
-    grid: tuple[int, int] | None = flax.struct.field(pytree_node=False, default=None)
     # rows and columns of the target's tokens; None: they are no picture
 
 

@@ -15,14 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kontext_jax.batches import TokenBatch
 from kontext_jax.flow import path as flow
-from kontext_jax.objectives.base import (
-    Objective,
-    TokenBatch,
-    make_gradient_step,
-    num_samples,
-    sample_keys,
-)
+from kontext_jax.objectives.base import Objective, make_gradient_step, num_samples, sample_keys
 from kontext_jax.objectives.draws import TimesConfig, draw_noise, even_times, means_by_time
 from kontext_jax.objectives.state import make_train_state
 from kontext_jax.types import Params

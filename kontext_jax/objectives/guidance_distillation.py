@@ -21,14 +21,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from kontext_jax.batches import TokenBatch
 from kontext_jax.flow import path as flow
 from kontext_jax.flow.guidance import GuideFn, cfg, make_apg, make_interval
-from kontext_jax.objectives.base import (
-    Objective,
-    TokenBatch,
-    make_gradient_step,
-    num_samples,
-)
+from kontext_jax.objectives.base import Objective, make_gradient_step, num_samples
 from kontext_jax.objectives.draws import (
     TimesConfig,
     draw_even,

@@ -25,7 +25,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from kontext_jax.batches import TokenBatch
 from kontext_jax.flow import path as flow
+from kontext_jax.flow.names import check_timesteps
 from kontext_jax.objectives.adversarial import (
     Adversary,
     Networks,
@@ -36,7 +38,6 @@ from kontext_jax.objectives.adversarial import (
 from kontext_jax.objectives.base import (
     Metrics,
     Objective,
-    TokenBatch,
     advance,
     check_step_options,
     mean_gradient,
@@ -48,7 +49,6 @@ from kontext_jax.objectives.draws import draw_noise, means_by_time
 from kontext_jax.objectives.flow_matching import Predict
 from kontext_jax.objectives.state import TrainState, make_train_state
 from kontext_jax.types import Params
-from kontext_jax.weights.card import check_timesteps
 
 Features = Callable[[Any, jax.Array, jax.Array, TokenBatch], Sequence[jax.Array]]
 """`features(frozen, x_t [B, L, C], t [B], batch) -> [[B, …], …]` of the frozen teacher.

@@ -18,21 +18,16 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from kontext_jax.batches import TokenBatch
 from kontext_jax.flow import path as flow
 from kontext_jax.flow import policy
-from kontext_jax.objectives.base import (
-    Objective,
-    TokenBatch,
-    make_gradient_step,
-    num_samples,
-    sample_keys,
-)
+from kontext_jax.flow.names import check_timesteps
+from kontext_jax.objectives.base import Objective, make_gradient_step, num_samples, sample_keys
 from kontext_jax.objectives.draws import draw_even, draw_noise, mean_of
 from kontext_jax.objectives.flow_matching import Predict
 from kontext_jax.objectives.guidance_distillation import Teach, relative_error
 from kontext_jax.objectives.state import make_train_state
 from kontext_jax.types import Params
-from kontext_jax.weights.card import check_timesteps
 
 
 @dataclasses.dataclass(frozen=True)

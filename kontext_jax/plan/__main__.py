@@ -3,8 +3,8 @@
 import argparse
 import sys
 
+from kontext_jax.flow.names import SAMPLERS
 from kontext_jax.terminal import SETTING, Parser, split_settings
-from kontext_jax.weights.card import SAMPLERS
 
 STAGES = ("text", "encode", "prepare", "run", "decode")
 EPILOG = """examples:

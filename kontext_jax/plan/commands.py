@@ -21,8 +21,7 @@ from kontext_jax.plan.report import (
     time_text,
 )
 from kontext_jax.runtime.placement import parse_mesh
-from kontext_jax.sampling.requests import did_you_mean
-from kontext_jax.terminal import load_config
+from kontext_jax.terminal import did_you_mean, load_config
 from kontext_jax.training import config as train_config
 from kontext_jax.training import config_tree
 from kontext_jax.training.config import TrainConfig

@@ -21,12 +21,13 @@ from kontext_jax.ops.attention import backend_for
 from kontext_jax.plan.targets import Target
 from kontext_jax.runtime import sharding
 from kontext_jax.runtime.compiler_options import Purpose
+from kontext_jax.runtime.sharding import tree_bytes
 from kontext_jax.training.config import DISTILLATIONS, TrainConfig
-from kontext_jax.training.loop import abstract_state, check_batch_size, tree_bytes
-from kontext_jax.training.tasks.base import DTYPES
+from kontext_jax.training.tasks.base import DTYPES, abstract_state, check_batch_size
 from kontext_jax.training.tasks.table import make_task
 from kontext_jax.training.tasks.transformer import UNTRAINED
-from kontext_jax.weights.bundle import parameter_shapes, untrained_bundle
+from kontext_jax.weights.bundle import parameter_shapes
+from kontext_jax.weights.untrained import untrained_bundle
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kontext_jax.flow.names import Sampler
 from kontext_jax.models.flops import mmdit_flops
 from kontext_jax.models.mmdit import block_form_for, unstacked
 from kontext_jax.models.presets import PRESETS
@@ -22,12 +23,11 @@ from kontext_jax.pictures import latents
 from kontext_jax.plan.programs import Program
 from kontext_jax.plan.targets import Target
 from kontext_jax.runtime import placement, sharding
-from kontext_jax.runtime.sharding import MeshConfig
+from kontext_jax.runtime.sharding import MeshConfig, tree_bytes
 from kontext_jax.sampling.stages import Stages
 from kontext_jax.sampling.warming import BlankTokenizers
-from kontext_jax.training.loop import tree_bytes
-from kontext_jax.weights.bundle import parameter_shapes, untrained_bundle
-from kontext_jax.weights.card import Sampler
+from kontext_jax.weights.bundle import parameter_shapes
+from kontext_jax.weights.untrained import untrained_bundle
 
 WEIGHTS_USED_BY = {  # program → networks whose weights are its arguments
     "text": ("t5", "clip"),

@@ -10,7 +10,7 @@ from typing import Any
 from jax.experimental import topologies
 
 from kontext_jax.runtime.chips import CHIPS, Chip
-from kontext_jax.sampling.requests import did_you_mean
+from kontext_jax.terminal import did_you_mean
 
 TPUS = ("v5e", "v5p", "v6e")
 GPUS = ("h100", "h200")

@@ -29,11 +29,13 @@ from kontext_jax.data.dataset import open_dataset
 from kontext_jax.data.encoded import folder as encoded_folder
 from kontext_jax.data.encoded.records import ShardWriter, facts_hash, lock_part
 from kontext_jax.data.filters import FilterError
-from kontext_jax.models.conditioning import encoder_facts
-from kontext_jax.precompute.encoding import Encoding, Networks, check_room, progress_line, size_text
+from kontext_jax.precompute.encoding import Encoding, Networks, check_room
 from kontext_jax.precompute.jobs import Cutting, bytes_needed, list_jobs, read_stored
 from kontext_jax.sampling.stages import DTYPES
-from kontext_jax.weights.bundle import ModelBundle, untrained_bundle
+from kontext_jax.terminal import progress_line, size_text
+from kontext_jax.weights.bundle import ModelBundle
+from kontext_jax.weights.encoders import encoder_facts
+from kontext_jax.weights.untrained import untrained_bundle
 
 DATA_OPTIONS = (
     *("target_column", "context_columns", "text_column", "id_column"),
@@ -188,7 +190,7 @@ def open_encoders(
     Raises:
       ValueError: none is named, or encoders are missing there.
     """
-    from convert_weights.runs import open_weights
+    from convert_weights.open import open_weights
 
     if weights is not None:
         bundle = open_weights(weights, model, complete=False)

@@ -6,13 +6,10 @@ not made again, so a run that was killed goes on where its last shard ended.
 """
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import itertools
 import shutil
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
@@ -25,19 +22,13 @@ from kontext_jax.data.buckets import Kind
 from kontext_jax.data.dataset import Dataset
 from kontext_jax.data.encoded.records import CacheError, SampleEntry, ShardWriter, prompt_key
 from kontext_jax.data.sources.examples import BadSample
-from kontext_jax.models.conditioning import (
-    Encoders,
-    encode_pictures,
-    encode_prompts,
-    load_encoder_params,
-    make_encoders,
-)
+from kontext_jax.models.conditioning import Encoders, encode_pictures, encode_prompts, make_encoders
 from kontext_jax.models.tokenizing import Tokenizers
 from kontext_jax.precompute.jobs import Cutting, Job
-from kontext_jax.training.metrics import duration
+from kontext_jax.terminal import Tell, size_text
 from kontext_jax.weights.bundle import ModelBundle
+from kontext_jax.weights.encoders import load_encoder_params
 
-Tell = Callable[[str], None]
 _TOLD = 5  # bad samples of each reason
 
 
@@ -262,70 +253,3 @@ def check_room(directory: Path, needed: int, what: str) -> int:
             "name another --out. What finished shards hold is kept"
         )
     return free
-
-
-def size_text(count: float) -> str:
-    """Bytes for people: "4.2 MB"."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 999.5 or unit == "TB":
-            break
-        count /= 1000
-    return f"{count:.3g} {unit}" if count < 999.5 else f"{count:,.0f} {unit}"
-
-
-TERMINAL_EVERY_S, LINES_EVERY_S = 0.5, 10.0
-
-
-@contextlib.contextmanager
-def progress_line(
-    total: int, images_per: float, tell: Tell, *, quiet: bool, verb: str = "encoded"
-) -> Iterator["ProgressLine"]:
-    """A `ProgressLine` of a command: drawn over itself on a terminal, else told now and then."""
-    if quiet or not sys.stdout.isatty():
-        yield ProgressLine(total, images_per, tell, LINES_EVERY_S, verb=verb)
-        return
-
-    def draw(line: str) -> None:
-        print(f"\r{line:<78}", end="", flush=True)
-
-    yield ProgressLine(total, images_per, draw, TERMINAL_EVERY_S, verb=verb)
-    draw("")
-    print("\r", end="")
-
-
-class ProgressLine:
-    """How far the work is: images a second and what is left of the time.
-
-    Args:
-      total: (sample, variant) of this run.
-      images_per: pictures in one of them, on average.
-      show: is given the line.
-      every_s: seconds between lines.
-      verb: what happened to what is done.
-    """
-
-    def __init__(
-        self,
-        total: int,
-        images_per: float,
-        show: Tell,
-        every_s: float,
-        clock: Callable[[], float] = time.monotonic,
-        verb: str = "encoded",
-    ):
-        self._total, self._images_per, self._show = total, images_per, show
-        self._verb = verb
-        self._every_s, self._clock = every_s, clock
-        self._start = self._last = clock()
-
-    def __call__(self, done: int) -> None:
-        now = self._clock()
-        if now - self._last < self._every_s:
-            return
-        self._last = now
-        rate = done / (now - self._start)
-        left = duration((self._total - done) / rate) if rate else "?"
-        self._show(
-            f"{self._verb} {done:,} of {self._total:,} · {rate * self._images_per:.3g} images/s · "
-            f"{left} left"
-        )

@@ -27,9 +27,9 @@ from kontext_jax.data.encoded import folder as encoded_folder
 from kontext_jax.data.encoded.batches import EncodedCache
 from kontext_jax.data.encoded.records import ShardWriter, facts_hash, lock_part
 from kontext_jax.data.index import hash_id
-from kontext_jax.models.conditioning import ENCODER_KINDS, encoder_facts
+from kontext_jax.models.conditioning import ENCODER_KINDS
 from kontext_jax.pictures.latents import PIXELS_PER_TOKEN
-from kontext_jax.precompute.encoding import Networks, check_room, progress_line, size_text
+from kontext_jax.precompute.encoding import Networks, check_room
 from kontext_jax.precompute.jobs import read_stored
 from kontext_jax.precompute.synthesis import (
     CachedGivens,
@@ -41,7 +41,9 @@ from kontext_jax.precompute.synthesis import (
 )
 from kontext_jax.runtime.placement import parse_mesh, sampling_mesh
 from kontext_jax.sampling.stages import DTYPES, Stages
+from kontext_jax.terminal import progress_line, size_text
 from kontext_jax.weights.bundle import ModelBundle
+from kontext_jax.weights.encoders import encoder_facts
 
 DEFAULT_GUIDANCE, DEFAULT_NUM_STEPS = 2.5, 28
 
@@ -110,7 +112,7 @@ def synthesize(args: argparse.Namespace) -> None:
       ValueError, OSError: options, examples, weights or DIR do not fit each other.
       FloatingPointError: the model gave NaN or infinity.
     """
-    from convert_weights.runs import open_weights
+    from convert_weights.open import open_weights
 
     def tell(line: str) -> None:
         if not args.quiet:

@@ -416,3 +416,10 @@ def shard_batch(mesh: Mesh, host_batch: Any) -> Any:
         return jax.make_array_from_process_local_data(_batch_sharding(mesh, is_shared), leaf, shape)
 
     return jax.tree.map_with_path(put, host_batch)
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of one device's part of a tree of arrays or shapes with shardings."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )

@@ -5,21 +5,19 @@ jobs file or from a picture's metadata. Its checks need no model; `complete` add
 """
 
 import dataclasses
-import difflib
-import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
+from kontext_jax.flow.names import SAMPLERS, check_timesteps
 from kontext_jax.models.presets import Preset
 from kontext_jax.numerics import NUMERICS, Numerics
 from kontext_jax.pictures.files import Picture, load_picture
 from kontext_jax.pictures.latents import PositionRule
 from kontext_jax.pictures.sizes import SizePlan, plan_sizes
-from kontext_jax.weights.card import SAMPLERS, check_timesteps
+from kontext_jax.terminal import did_you_mean
 
 # Pictures that ship with the package.
 EXAMPLES = {"example:cat": "cat.jpg", "example:shapes": "shapes.png"}
@@ -155,12 +153,6 @@ def _times(field: str, value: Any) -> tuple[float, ...]:
     for one in value:
         _check_type(field, one, float)
     return check_timesteps(value)
-
-
-def did_you_mean(word: Any, choices: Sequence[str]) -> str:
-    """ ", did you mean …?" for the nearest of `choices`, or nothing."""
-    near = difflib.get_close_matches(str(word), choices, n=1, cutoff=0.5)
-    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def request_from_dict(values: Mapping[str, Any]) -> SampleRequest:
@@ -345,57 +337,3 @@ def prepare_pictures(
         restore=request.restore_size,
     )
     return PreparedRequest(request, pictures, sizes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One line of a jobs file."""
-
-    line: int  # from 1
-    output: str  # file name, within the output folder
-    request: SampleRequest | None = None
-    error: str | None = None  # what is wrong with the line, instead of a request
-
-
-def read_jobs(path: str | os.PathLike) -> list[Job]:
-    """Reads a file of one JSON object a line: the fields of a request, and "output" if wanted.
-
-    A line that is wrong becomes a Job with `error`; blank lines are skipped.
-
-    Raises:
-      OSError: the file cannot be read.
-      ValueError: it is no text, or has no lines.
-    """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"jobs {path} is no UTF-8 text: {error}") from error
-    jobs: list[Job] = []
-    taken: set[str] = set()
-    for number, text in enumerate(lines, start=1):
-        if not text.strip():
-            continue
-        output = f"{path.stem}-{number}.png"
-        try:
-            values = json.loads(text)
-            if not isinstance(values, dict):
-                raise ValueError(f"found {type(values).__name__}, expected an object {{…}}")
-            output = _job_output(values.pop("output", output), taken)
-            jobs.append(Job(number, output, request_from_dict(values)))
-        except ValueError as error:
-            jobs.append(Job(number, output, error=str(error)))
-        taken.add(output)
-    if not jobs:
-        raise ValueError(f"jobs {path} has no lines; expected one JSON object a line")
-    return jobs
-
-
-def _job_output(name: Any, taken: set[str]) -> str:
-    if not isinstance(name, str) or not name.lower().endswith(".png"):
-        raise ValueError(f"output is {name!r}; expected a file name ending in .png")
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"output {name!r} leaves the output folder; give a name inside of it")
-    if name in taken:
-        raise ValueError(f"output {name!r} is taken by an earlier line; give another name")
-    return name

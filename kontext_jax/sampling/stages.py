@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from kontext_jax.batches import Conditioning
 from kontext_jax.flow import path as flow
+from kontext_jax.flow.names import Sampler
 from kontext_jax.flow.samplers import guided_velocity_fn, make_sampler, seed_words
 from kontext_jax.models import conditioning
 from kontext_jax.models.clip import CLIPText
 from kontext_jax.models.mmdit import (
     BLOCK_STACKS,
-    Conditioning,
     MMDiT,
     ModulationVectors,
     block_form_for,
@@ -39,7 +40,6 @@ from kontext_jax.runtime.program_files import ExecutableFiles
 from kontext_jax.runtime.programs import Executables, Timings
 from kontext_jax.types import Params
 from kontext_jax.weights.bundle import Listed, ModelBundle
-from kontext_jax.weights.card import Sampler
 
 TILE_PX = 512
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from kontext_jax.storage.safetensors_reader import flatten, unflatten
+from kontext_jax.trees import flatten, unflatten
 
 READ_BYTES = 2**31  # of host memory, for arrays on their way to devices; more if one array needs it
 

@@ -14,7 +14,6 @@ import math
 import os
 import struct
 import weakref
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -376,24 +375,3 @@ def open_tensors(path: str | os.PathLike) -> TensorReader:
 def find_safetensors(folder: Path) -> list[Path]:
     """The safetensors files directly in `folder`, sorted."""
     return sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".sft"))
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """("a/b/c", leaf) of a nested dict, in its order."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}/")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested dict whose paths, joined by "/", are the names of `leaves`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree

@@ -7,15 +7,14 @@ import collections
 import dataclasses
 import json
 import os
-import shutil
 import struct
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from kontext_jax.storage.atomic import write_json
 from kontext_jax.storage.safetensors_reader import DTYPE_NAMES, TensorInfo
 
 FLUSH_BYTES = 2**20  # smaller slices are left to the kernel
@@ -205,30 +204,3 @@ class ShardedWriter:
         if len(self._writers) > 1:
             index = {"metadata": {"total_size": self._total}, "weight_map": self._shard_of}
             write_json(self.folder / f"{self.stem}.safetensors.index.json", index)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes `value` beside `path`, then renames."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
-    partial.replace(path)
-
-
-def write_folder(folder: str | os.PathLike, fill: Callable[[Path], None]) -> None:
-    """Lets `fill` write into a folder beside `folder`, which takes its name when all is done.
-
-    Raises:
-      FileExistsError: `folder` already holds something.
-    """
-    folder = Path(folder)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise FileExistsError(f"{folder} already exists; name another folder or remove it")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        fill(partial)
-        partial.replace(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from etils import epath
 
 from kontext_jax.storage import checksums
+from kontext_jax.storage.atomic import is_local
 
 FORMAT = 1
 MANIFEST, ARRAYS, DATA_STATE, CONFIG = "manifest.json", "arrays", "data_state.json", "config.json"
@@ -95,11 +96,6 @@ def manifest_json(step: int, files: Mapping[str, list]) -> str:
     )
 
 
-def is_local(path: epath.PathLike) -> bool:
-    """Whether a path is of this machine's file system, not gs://…"""
-    return "://" not in os.fspath(path)
-
-
 def absolute(path: epath.PathLike) -> epath.Path:
     """The path, from the root where it is local."""
     return epath.Path(os.path.abspath(path) if is_local(path) else path)
@@ -111,21 +107,3 @@ def remove(folder: epath.Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     else:
         folder.rmtree()
-
-
-def write_text(path: epath.Path, text: str) -> None:
-    """Writes a small file that is whole and durable once it has its name."""
-    if not is_local(path):
-        path.write_text(text)
-        return
-    partial = f"{os.fspath(path)}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -27,6 +27,7 @@ from etils import epath
 
 from kontext_jax.runtime.processes import from_all, from_first
 from kontext_jax.storage import arrays, checksums, step_folders
+from kontext_jax.storage.atomic import is_local, write_text
 from kontext_jax.storage.step_folders import ARRAYS, CONFIG, DATA_STATE, MANIFEST, CheckpointError
 
 ITEMS = ("params", "ema_params", "opt_state")  # fields of the state that are items of their own
@@ -144,7 +145,7 @@ class Checkpoints:
           tell: called with lines for the user, on every process.
         """
         self.directory = step_folders.absolute(directory)
-        self._is_local = step_folders.is_local(self.directory)
+        self._is_local = is_local(self.directory)
         self._keep_last, self._keep_every = keep_last, keep_every
         self._asynchronous, self._on_failed_save = asynchronous, on_failed_save
         self._tell = tell
@@ -258,8 +259,8 @@ class Checkpoints:
             if nbytes > shutil.disk_usage(self.directory).free:
                 raise CheckpointError("the disk is too full")
         folder.mkdir(parents=True)
-        step_folders.write_text(folder / DATA_STATE, json.dumps(data_state, indent=2))
-        step_folders.write_text(folder / CONFIG, config_json)
+        write_text(folder / DATA_STATE, json.dumps(data_state, indent=2))
+        write_text(folder / CONFIG, config_json)
 
     def _finish(self, step: int, nbytes: int, saving: arrays.Saving) -> None:
         """Waits for the arrays, commits them and deletes what need not be kept; in a thread."""
@@ -298,9 +299,7 @@ class Checkpoints:
         ]
         files = checksums.record(folder, names, with_checksums=self._is_local)
         if index:
-            step_folders.write_text(
-                folder / f"{MANIFEST}.{index}", json.dumps(step_folders.as_json(files))
-            )
+            write_text(folder / f"{MANIFEST}.{index}", json.dumps(step_folders.as_json(files)))
             self._await(lambda: (folder / MANIFEST).exists(), folder, "process 0")
             return
         parts = [folder / f"{MANIFEST}.{other}" for other in range(1, count)]
@@ -309,7 +308,7 @@ class Checkpoints:
         for part in parts:
             listed |= json.loads(part.read_text())
             part.unlink()
-        step_folders.write_text(folder / MANIFEST, step_folders.manifest_json(step, listed))
+        write_text(folder / MANIFEST, step_folders.manifest_json(step, listed))
 
     def _await(self, is_done: Callable[[], bool], folder: epath.Path, whom: str) -> None:
         deadline = time.monotonic() + OTHERS_TIMEOUT_S

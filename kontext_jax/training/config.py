@@ -25,7 +25,7 @@ from kontext_jax.objectives.ladd import LADDConfig
 from kontext_jax.objectives.policy_distillation import PolicyDistillationConfig
 from kontext_jax.ops.attention import Backend
 from kontext_jax.runtime.sharding import MeshConfig
-from kontext_jax.sampling.requests import did_you_mean
+from kontext_jax.terminal import did_you_mean
 from kontext_jax.training import config_tree
 from kontext_jax.training.checkpoints import CheckpointConfig
 from kontext_jax.training.optimizer import OptimizerConfig

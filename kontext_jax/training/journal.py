@@ -7,7 +7,7 @@ from etils import epath
 
 from kontext_jax.objectives.base import mean_metrics
 from kontext_jax.pictures.files import write_png
-from kontext_jax.storage.step_folders import write_text
+from kontext_jax.storage.atomic import write_text
 from kontext_jax.training import config as train_config
 from kontext_jax.training.config import TrainConfig
 from kontext_jax.training.metrics import MetricLog, Progress, RunFiles, Speed

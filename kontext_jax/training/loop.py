@@ -30,7 +30,7 @@ from kontext_jax.runtime.sharding import (
     num_batch_shards,
     parameter_spec,
     process_share,
-    state_shardings,
+    tree_bytes,
 )
 from kontext_jax.storage.step_folders import CheckpointError, find_damage
 from kontext_jax.training import config as train_config
@@ -41,7 +41,14 @@ from kontext_jax.training.data import Reading, held_out_batches, open_data
 from kontext_jax.training.journal import CONFIG_FILE, Journal, Profile, is_due
 from kontext_jax.training.metrics import Speed
 from kontext_jax.training.sample_grid import first_rows, make_grid
-from kontext_jax.training.tasks.base import Devices, OpenWeights, Task, Tell
+from kontext_jax.training.tasks.base import (
+    Devices,
+    OpenWeights,
+    Task,
+    Tell,
+    abstract_state,
+    check_batch_size,
+)
 from kontext_jax.training.tasks.table import make_task
 from kontext_jax.weights.bundle import Place
 
@@ -280,33 +287,8 @@ def check_same_run(run: epath.Path, config: TrainConfig) -> None:
         )  # fmt: skip
 
 
-def check_batch_size(config: TrainConfig, num_shards: int) -> None:
-    """Raises ValueError if batches or their parts do not divide among the devices."""
-    part = config.batch_size // config.accumulate_steps
-    if part % num_shards:
-        raise ValueError(
-            f"batch_size {config.batch_size} in {config.accumulate_steps} part(s) of {part} does "
-            f"not divide among {num_shards} groups of devices (mesh slices × data × fsdp); change "
-            "--config.batch_size, --config.accumulate_steps or --config.mesh"
-        )
-    if (held_out := config.eval.batch_size) % num_shards:
-        raise ValueError(
-            f"eval.batch_size {held_out} does not divide among {num_shards} groups of devices"
-        )
-
-
 def _place(mesh: Mesh) -> Place:
     return lambda path, shape: NamedSharding(mesh, parameter_spec(mesh, path, shape))
-
-
-def abstract_state(task: Task, mesh: Mesh) -> Any:
-    """Shapes and shardings of the training state."""
-    shapes = jax.eval_shape(task.objective.init, jax.random.key(0))
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        state_shardings(mesh, shapes),
-    )
 
 
 def _keys(seed: int, devices: Devices) -> list[jax.Array]:
@@ -336,13 +318,6 @@ def _rows_of_process(config: TrainConfig, mesh: Mesh) -> int:
     shards = num_batch_shards(mesh)
     _, num_shares = process_share(mesh)
     return math.ceil(config.eval.sample_rows / shards) * shards // num_shares
-
-
-def tree_bytes(tree: Any) -> int:
-    """Bytes of one device's part of a tree of arrays or shapes with shardings."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
 
 
 def describe(config: TrainConfig, task: Task, mesh: Mesh, abstract: Any) -> list[str]:

@@ -18,6 +18,8 @@ from typing import Any
 
 from etils import epath
 
+from kontext_jax.terminal import duration
+
 FILE = "metrics.jsonl"
 
 
@@ -273,14 +275,3 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-
-def duration(seconds: float) -> str:
-    """A span of time in its two largest units: "3 d 4 h", "12 min 30 s", "8 s"."""
-    left = round(seconds)
-    parts = []
-    for name, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        count, left = divmod(left, size)
-        if count or (name == "s" and not parts):
-            parts.append(f"{count} {name}")
-    return " ".join(parts[:2])

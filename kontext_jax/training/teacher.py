@@ -10,32 +10,16 @@ teacher may be differentiated (adversarial distillation needs that); whoever tak
 uses `lax.stop_gradient`.
 """
 
-import dataclasses
-import functools
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from kontext_jax.batches import Conditioning, TokenBatch
 from kontext_jax.models import conditioning
-from kontext_jax.models.mmdit import Conditioning, MMDiT, Remat, make_velocity_fn
+from kontext_jax.models.mmdit import MMDiT, Remat, make_velocity_fn
 from kontext_jax.models.presets import MMDiTConfig
-from kontext_jax.objectives.base import TokenBatch
 from kontext_jax.ops.attention import Backend
-from kontext_jax.storage.safetensors_reader import cast, flatten
 from kontext_jax.types import Params
-from kontext_jax.weights.bundle import (
-    NO_EDITS,
-    Component,
-    Edits,
-    ModelBundle,
-    Place,
-    as_dtype,
-    parameter_shapes,
-    place_leaves,
-    read_edited,
-    untrained_leaf,
-)
+from kontext_jax.weights.bundle import ModelBundle, Place, parameter_shapes
 
 NO_GUIDANCE = 1.0  # what a network that takes guidance is told, to be the conditional one
 
@@ -107,52 +91,3 @@ class Teacher:
     ) -> jax.Array:
         """Velocity of the target tokens x_t [B, L, C] at times t [B]: [B, L, C]."""
         return make_velocity_fn(self.model, params, self.condition(batch, guidance))(x_t, t, None)
-
-
-def with_guidance_input(component: Component) -> Component:
-    """A transformer without an input for guidance, with one that changes nothing yet.
-
-    The last layer of `guidance_in` is zero, so that the velocity is the same for every guidance;
-    the layer before is drawn, or nothing could ever be learnt.
-
-    Raises:
-      ValueError: it has the input already.
-    """
-    if component.config.guidance_embed:
-        raise ValueError("this transformer takes guidance already; its input is not replaced")
-    config = dataclasses.replace(component.config, guidance_embed=True)
-    shapes = dict(flatten(parameter_shapes("mmdit", config)))
-    own = [path for path in shapes if path.startswith("guidance_in/")]
-
-    def load(dtype=None, device=None, edits: Edits = NO_EDITS) -> Params:
-        params = component.load(dtype=dtype, device=device, edits=edits)
-        stored = np.dtype(params["time_in"]["out_layer"]["kernel"].dtype)
-
-        def draw(path: str, dtype: np.dtype | None) -> np.ndarray:
-            if path.startswith("guidance_in/out_layer/"):
-                return np.zeros(shapes[path].shape, dtype)
-            return cast(untrained_leaf("mmdit", path, shapes), dtype, path)
-
-        def read(path: str) -> np.ndarray:
-            return read_edited(path, draw, as_dtype(dtype) or stored, stored, edits)
-
-        return params | place_leaves(own, read, device)
-
-    return Component(config, load)
-
-
-def with_velocities(component: Component, count: int) -> Component:
-    """A transformer that gives `count` velocities a token, all of them what it gave before."""
-    config = component.config
-    config = dataclasses.replace(config, out_channels=count * config.out_channels)
-
-    def load(dtype=None, device=None, edits: Edits = NO_EDITS) -> Params:
-        def repeated(edit, leaf: np.ndarray) -> np.ndarray:
-            leaf = leaf if edit is None else edit(leaf)
-            return np.tile(leaf, (1,) * (leaf.ndim - 1) + (count,))
-
-        paths = ("final_layer/kernel", "final_layer/bias")
-        further = {path: functools.partial(repeated, edits.get(path)) for path in paths}
-        return component.load(dtype=dtype, device=device, edits={**edits, **further})
-
-    return Component(config, load)

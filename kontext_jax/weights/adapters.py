@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from kontext_jax.storage.safetensors_reader import flatten
-from kontext_jax.weights.bundle import NO_EDITS, Component, Edits, ModelBundle
+from kontext_jax.trees import flatten
+from kontext_jax.weights.bundle import NO_EDITS, AppliedAdapter, Component, Edits, ModelBundle
 
 BLOCK = 2**16  # elements of a kernel that are changed at once
 
@@ -90,15 +90,6 @@ class Adapter:
             if changes.replaced:
                 parts.append(f"{len(changes.replaced)} parameters replaced")
         return f"{self.name} ({self.layout}, {self.dtype.name}): {'; '.join(parts)}"
-
-
-@dataclasses.dataclass(frozen=True)
-class AppliedAdapter:
-    """An adapter that a model's weights are merged with, as a picture's metadata names it."""
-
-    name: str
-    sha256: str
-    scale: float
 
 
 def adapter_from_tree(lora: Mapping[str, Any], alpha: float, name: str) -> Adapter:

@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kontext_jax.models.presets import CONFIG_CLASSES, PRESETS, Config, Preset, config_from_json
+from kontext_jax.storage.atomic import write_folder, write_json
 from kontext_jax.storage.safetensors_reader import (
     SafetensorsFile,
     TensorFileError,
     TensorInfo,
     TensorReader,
     cast,
-    flatten,
     has_nonfinite,
-    unflatten,
 )
-from kontext_jax.storage.safetensors_writer import SafetensorsWriter, write_folder, write_json
+from kontext_jax.storage.safetensors_writer import SafetensorsWriter
+from kontext_jax.trees import flatten, unflatten
 from kontext_jax.weights.card import check_defaults, sampling_rule
 
 if TYPE_CHECKING:  # converting and inspecting weights must not wait for jax to be imported
@@ -417,41 +417,6 @@ def shipped_bundle(name: str = "tiny") -> ModelBundle:
     return open_bundle(folder)
 
 
-def untrained_bundle(preset_name: str) -> ModelBundle:
-    """The preset with deterministic random weights: every part works, the pictures mean nothing.
-
-    Parameters have the shapes of the models' own initialisation but are drawn by NumPy from their
-    paths, so that nothing has to be compiled: variance 1 / fan-in where a bias tells the fan-out,
-    1 / √(fan-in · fan-out) for kernels without one; norms are the identity, biases zero.
-
-    Raises:
-      ValueError: there is no such preset.
-    """
-    if preset_name not in PRESETS:
-        raise ValueError(f"no preset {preset_name!r}; there are {', '.join(PRESETS)}")
-    preset = PRESETS[preset_name]
-    components = {kind: _untrained_component(kind, getattr(preset, kind)) for kind in KINDS}
-    digest = hashlib.sha256(f"untrained {dataclasses.asdict(preset)}".encode()).hexdigest()
-    tokenizer_dirs = {name: ASSETS / "tokenizers" / name for name in TOKENIZERS}
-    source = f"{preset_name}, untrained: deterministic random weights, so pictures mean nothing"
-    return ModelBundle(preset, components, tokenizer_dirs, source, digest)
-
-
-def _untrained_component(kind: str, config: Config) -> Component:
-    def load(dtype=None, device=None, edits: Edits = NO_EDITS) -> Params:
-        shapes = dict(sorted(flatten(parameter_shapes(kind, config))))
-        float32 = np.dtype(np.float32)
-
-        def leaf(path: str, dtype: np.dtype | None) -> np.ndarray:
-            return cast(untrained_leaf(kind, path, shapes), dtype, path)
-
-        return place_leaves(
-            shapes, lambda p: read_edited(p, leaf, as_dtype(dtype), float32, edits), device
-        )
-
-    return Component(config, load)
-
-
 def parameter_shapes(kind: str, config: Config) -> Params:
     """`jax.ShapeDtypeStruct`s of a component's parameters, by abstract evaluation of its init."""
     import jax
@@ -473,23 +438,10 @@ def parameter_shapes(kind: str, config: Config) -> Params:
     return jax.eval_shape(init, jax.random.key(0))
 
 
-def untrained_leaf(kind: str, path: str, shapes: Mapping[str, Any]) -> np.ndarray:
-    """The float32 values that `untrained_bundle` gives a parameter, drawn from its path.
+@dataclasses.dataclass(frozen=True)
+class AppliedAdapter:
+    """An adapter that a model's weights are merged with, as a picture's metadata names it."""
 
-    Args:
-      shapes: of the network's parameters by path; that of the bias tells a kernel's fan-in.
-    """
-    shape = shapes[path].shape
-    parent, _, name = path.rpartition("/")
-    if name == "scale":
-        return np.ones(shape, np.float32)
-    if name == "bias":
-        return np.zeros(shape, np.float32)
-    bias = shapes.get(f"{parent}/bias")
-    if bias is not None:
-        variance = math.prod(bias.shape) / math.prod(shape)
-    else:
-        variance = 1 / math.sqrt(math.prod(shape[1:] if len(shape) > 2 else shape))
-    seed = int.from_bytes(hashlib.sha256(f"{kind}/{path}".encode()).digest()[:8])
-    values = np.random.Generator(np.random.PCG64(seed)).standard_normal(shape, np.float32)
-    return values * np.float32(math.sqrt(variance))
+    name: str
+    sha256: str
+    scale: float

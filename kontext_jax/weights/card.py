@@ -10,32 +10,14 @@ layouts, which have no place for them, and follow from what a training run was f
 of `kontext_jax.models.presets.Preset`; what is absent is as the preset has it.
 """
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Any
 
-Sampler = Literal["euler", "renoise", "policy"]
-SAMPLERS = get_args(Sampler)
+from kontext_jax.flow.names import SAMPLERS, Sampler, check_timesteps
+
 FEW_STEPS: dict[str, Sampler] = {"ladd": "renoise", "policy_distillation": "policy"}  # objectives
 FILE = "sampling_defaults.json"  # beside published layouts
-
-
-def check_timesteps(timesteps: Sequence[float]) -> tuple[float, ...]:
-    """The times at which steps begin, as numbers; the last step ends at 0.
-
-    Raises:
-      ValueError: they do not fall from 1 to above 0.
-    """
-    times = [float(t) for t in timesteps]
-    falling = all(a > b for a, b in itertools.pairwise([*times, 0.0]))
-    if not times or times[0] != 1 or not falling:
-        shown = ", ".join(f"{t:g}" for t in times) or "none"
-        raise ValueError(
-            f"the timesteps are {shown}; expected the times at which steps begin, falling from 1 "
-            "(noise) to above 0, such as 1, 0.75, 0.5, 0.25"
-        )
-    return tuple(times)
 
 
 def _count(value: Any) -> int:

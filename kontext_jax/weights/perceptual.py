@@ -16,13 +16,9 @@ import numpy as np
 
 from kontext_jax.models.judges.perceptual import NETS, Perceptual, PerceptualConfig
 from kontext_jax.runtime.programs import default_cache_dir
-from kontext_jax.storage.safetensors_reader import (
-    SafetensorsFile,
-    TensorFileError,
-    TensorInfo,
-    flatten,
-)
+from kontext_jax.storage.safetensors_reader import SafetensorsFile, TensorFileError, TensorInfo
 from kontext_jax.storage.safetensors_writer import SafetensorsWriter
+from kontext_jax.trees import flatten
 from kontext_jax.weights.bundle import Place, place_leaves
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from etils import epath
 
 from kontext_jax.models.presets import PRESETS, Config, Preset
 from kontext_jax.storage import arrays, step_folders
-from kontext_jax.storage.safetensors_reader import flatten, unflatten
 from kontext_jax.storage.step_folders import ARRAYS, CONFIG, CheckpointError
+from kontext_jax.trees import flatten, unflatten
 from kontext_jax.weights.adapters import Adapter, adapter_from_tree, with_adapters
 from kontext_jax.weights.bundle import (
     KINDS,
@@ -35,9 +35,9 @@ from kontext_jax.weights.bundle import (
     parameter_shapes,
     place_leaves,
     read_edited,
-    untrained_bundle,
 )
 from kontext_jax.weights.card import CHECKS, defaults_of_run
+from kontext_jax.weights.untrained import untrained_bundle
 
 if TYPE_CHECKING:
     import jax

@@ -8,7 +8,7 @@ from shared_drivers import known_fields, load_mmdit, pe_of
 
 from convert_weights.lora.read import read_lora
 from kontext_jax.models.presets import MMDiTConfig
-from kontext_jax.storage.safetensors_reader import flatten, unflatten
+from kontext_jax.trees import flatten, unflatten
 from kontext_jax.weights.adapters import Adapter, leaf_edits
 
 

@@ -9,8 +9,9 @@ from shared_cases import Call
 from shared_drivers import denoise_trajectory, pe_of, to_nchw, to_nhwc
 
 from convert_weights import open_foreign_bundle
+from kontext_jax.batches import Conditioning
 from kontext_jax.flow import path as flow
-from kontext_jax.models.mmdit import Conditioning, MMDiT
+from kontext_jax.models.mmdit import MMDiT
 from kontext_jax.models.tokenizing import Tokenizers
 from kontext_jax.numerics import DIFFUSERS, Numerics
 from kontext_jax.pictures import files as images

@@ -18,11 +18,11 @@ import pytest
 from shared_cases import Call
 
 from convert_weights import read_component
+from kontext_jax.batches import Conditioning
 from kontext_jax.flow import path as flow
 from kontext_jax.flow.samplers import euler_sample, guided_velocity_fn
 from kontext_jax.models.clip import CLIPText
 from kontext_jax.models.mmdit import (
-    Conditioning,
     DoubleBlock,
     MMDiT,
     SingleBlock,

@@ -13,8 +13,9 @@ from shared_drivers import pe_of
 from training_drivers import make_predict, to_published
 
 from convert_weights import read_component
+from kontext_jax.batches import TokenBatch
 from kontext_jax.models.mmdit import MMDiT
-from kontext_jax.objectives.base import TokenBatch, make_gradient_step
+from kontext_jax.objectives.base import make_gradient_step
 from kontext_jax.objectives.flow_matching import velocity_loss
 from kontext_jax.objectives.state import make_train_state
 from kontext_jax.pictures import latents

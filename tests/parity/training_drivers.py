@@ -8,10 +8,11 @@ from shared_drivers import known_fields, load_mmdit, pe_of
 
 from convert_weights.rules import make_plan
 from convert_weights.tables import TABLES
+from kontext_jax.batches import Conditioning, TokenBatch
 from kontext_jax.flow import path as flow
-from kontext_jax.models.mmdit import Conditioning, make_velocity_fn
+from kontext_jax.models.mmdit import make_velocity_fn
 from kontext_jax.models.presets import MMDiTConfig
-from kontext_jax.objectives.base import TokenBatch, make_gradient_step
+from kontext_jax.objectives.base import make_gradient_step
 from kontext_jax.objectives.flow_matching import velocity_loss
 from kontext_jax.objectives.state import make_train_state
 from kontext_jax.training.optimizer import OptimizerConfig, make_optimizer

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from kontext_jax.data.files import write_beside
 from kontext_jax.data.sources.examples import (
     BadSample,
     ColumnNames,
@@ -35,6 +34,7 @@ from kontext_jax.data.sources.examples import (
     make_example,
     relative_names,
 )
+from kontext_jax.storage.atomic import write_beside
 
 _COLUMNS_SEEN = 100  # samples of a tar whose members say which columns there are
 

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kontext_jax.batches import Conditioning
 from kontext_jax.models.layers import NORM_EPS
-from kontext_jax.models.mmdit import Conditioning, MMDiT
+from kontext_jax.models.mmdit import MMDiT
 from kontext_jax.types import Params
 
 FeatureFn = Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]]

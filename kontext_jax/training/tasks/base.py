@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -15,6 +16,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kontext_jax.objectives.base import Objective
 from kontext_jax.objectives.state import TrainState
 from kontext_jax.runtime.programs import Executables
+from kontext_jax.runtime.sharding import (
+    state_shardings,
+)
+from kontext_jax.training.config import TrainConfig
 from kontext_jax.types import Params
 from kontext_jax.weights.bundle import ModelBundle, Place
 
@@ -94,3 +99,28 @@ class Task(Protocol):
 
     def work(self, batch: Any) -> Work:
         """What a training step on such a batch does."""
+
+
+def check_batch_size(config: TrainConfig, num_shards: int) -> None:
+    """Raises ValueError if batches or their parts do not divide among the devices."""
+    part = config.batch_size // config.accumulate_steps
+    if part % num_shards:
+        raise ValueError(
+            f"batch_size {config.batch_size} in {config.accumulate_steps} part(s) of {part} does "
+            f"not divide among {num_shards} groups of devices (mesh slices × data × fsdp); change "
+            "--config.batch_size, --config.accumulate_steps or --config.mesh"
+        )
+    if (held_out := config.eval.batch_size) % num_shards:
+        raise ValueError(
+            f"eval.batch_size {held_out} does not divide among {num_shards} groups of devices"
+        )
+
+
+def abstract_state(task: Task, mesh: Mesh) -> Any:
+    """Shapes and shardings of the training state."""
+    shapes = jax.eval_shape(task.objective.init, jax.random.key(0))
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        state_shardings(mesh, shapes),
+    )

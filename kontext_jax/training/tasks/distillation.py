@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Any
 
+from kontext_jax.batches import TokenBatch
 from kontext_jax.flow.guidance import cfg
 from kontext_jax.models.flops import mmdit_flops
 from kontext_jax.models.presets import MMDiTConfig
-from kontext_jax.objectives.base import TokenBatch
 from kontext_jax.objectives.guidance_distillation import (
     make_guidance_distillation,
     teacher_velocities,

@@ -4,9 +4,9 @@ from typing import Any
 
 import jax
 
+from kontext_jax.batches import Conditioning, TokenBatch
 from kontext_jax.models.lora import init_lora, scaled
-from kontext_jax.models.mmdit import Conditioning, make_velocity_fn
-from kontext_jax.objectives.base import TokenBatch
+from kontext_jax.models.mmdit import make_velocity_fn
 from kontext_jax.objectives.flow_matching import make_flow_matching
 from kontext_jax.training.config import TrainConfig
 from kontext_jax.training.tasks.base import OpenWeights, Work

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from kontext_jax.batches import TokenBatch
 from kontext_jax.models.judges.feature_heads import FeatureHeads
 from kontext_jax.models.judges.features import evenly_spaced, make_feature_fn
 from kontext_jax.objectives.adversarial import Adversary
-from kontext_jax.objectives.base import TokenBatch
 from kontext_jax.objectives.ladd import LADDConfig, make_ladd, start_ladd
 from kontext_jax.objectives.state import TrainState
 from kontext_jax.training.config import TrainConfig

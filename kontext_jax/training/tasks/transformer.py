@@ -5,30 +5,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from kontext_jax.batches import EncodedBatch, ImageBatch
-from kontext_jax.flow.path import sampling_schedule
-from kontext_jax.flow.samplers import initial_noise, make_sampler, seed_words
+from kontext_jax.batches import Conditioning, EncodedBatch, TokenBatch
 from kontext_jax.models import conditioning
-from kontext_jax.models.conditioning import encode_batch, tokens_of
+from kontext_jax.models.conditioning import tokens_of
 from kontext_jax.models.flops import Flops, mmdit_flops
-from kontext_jax.models.mmdit import Conditioning, MMDiT, init_params, make_velocity_fn
+from kontext_jax.models.mmdit import MMDiT, init_params, make_velocity_fn
 from kontext_jax.models.presets import PRESETS, Preset
-from kontext_jax.models.tokenizing import Tokenizers
-from kontext_jax.objectives.base import Objective, TokenBatch, num_samples
+from kontext_jax.objectives.base import Objective, num_samples
 from kontext_jax.objectives.state import TrainState, make_train_state
 from kontext_jax.ops.attention import Backend, backend_for
-from kontext_jax.pictures import latents
 from kontext_jax.runtime.chips import peak_flops
-from kontext_jax.runtime.sharding import batch_shardings, shard_batch
 from kontext_jax.training.config import TrainConfig
 from kontext_jax.training.optimizer import make_optimizer, make_schedule
 from kontext_jax.training.tasks.base import DTYPES, Devices, OpenWeights, Work
-from kontext_jax.training.teacher import with_guidance_input, with_velocities
+from kontext_jax.training.tasks.feed import TokenFeed
 from kontext_jax.types import Params, VelocityFn
-from kontext_jax.weights.bundle import Component, ModelBundle, Place, untrained_bundle
+from kontext_jax.weights.bundle import Component, ModelBundle, Place
+from kontext_jax.weights.encoders import encoder_facts
+from kontext_jax.weights.grown import with_guidance_input, with_velocities
+from kontext_jax.weights.untrained import untrained_bundle
 
 UNTRAINED = "untrained"  # in place of a path to the encoders
 
@@ -114,7 +111,7 @@ class TransformerTask:
     def data_facts(self) -> dict[str, Any]:
         if not (self._config.data.cache or self._config.eval.cache):
             return {}
-        return conditioning.encoder_facts(self._encoders, self._preset.max_text_tokens)
+        return encoder_facts(self._encoders, self._preset.max_text_tokens)
 
     def make_feed(self, devices: Devices, null_text) -> "TokenFeed":
         return TokenFeed(self, devices, null_text)
@@ -152,106 +149,6 @@ class TransformerTask:
             num_image += batch.ctx.shape[1]
         flops = mmdit_flops(self._preset.mmdit, num_text, num_image)
         return num_samples(batch), num_text + num_image, flops
-
-
-class TokenFeed:
-    """Encodes pictures and prompts by frozen networks, and samples from what is trained."""
-
-    def __init__(self, task: TransformerTask, devices: Devices, null_text):
-        config, preset = task._config, task._preset
-        self._task, self._devices = task, devices
-        self._max_text_tokens = preset.max_text_tokens
-        bundle = task._encoders
-        self._networks = conditioning.make_encoders(preset, task._dtype)
-        if null_text is None:
-            self._tokenizers = Tokenizers(**bundle.tokenizer_dirs)
-            self._tokenizers.check_fit(preset.t5, preset.clip)
-            self._params = conditioning.load_encoder_params(bundle, task._dtype, devices.place)
-            null_text = conditioning.null_text(
-                self._networks, self._params, self._tokenizers, self._max_text_tokens
-            )
-        elif config.eval.sample_every_steps:
-            vae = bundle.components["vae"]
-            self._params = {"vae": vae.load(dtype=jnp.float32, device=devices.place)}
-        everywhere = devices.everywhere
-        self._null = jax.jit(lambda x: x, out_shardings=everywhere)(null_text)
-        self._guidance = config.eval.sample_guidance
-        self._num_steps = config.eval.sample_num_steps or preset.default_num_steps or 28
-        self._seed = config.seed
-
-    def __call__(self, batch: ImageBatch | EncodedBatch) -> TokenBatch:
-        return self._tokens(self._encode(batch))
-
-    def _encode(self, batch: ImageBatch | EncodedBatch) -> EncodedBatch:
-        """Jit 1: the frozen networks, on each device's share of the batch."""
-        if isinstance(batch, EncodedBatch):
-            return shard_batch(self._devices.mesh, batch)
-        ids, _ = self._tokenizers.tokenize(batch.prompts, self._max_text_tokens)
-        given = shard_batch(self._devices.mesh, (batch.target, batch.contexts, ids))
-
-        def make():
-            return lambda params, target, contexts, ids: encode_batch(
-                self._networks, params, target, contexts, ids
-            )
-
-        return self._run("encode", make, self._params, *given)
-
-    def _tokens(self, encoded: EncodedBatch) -> TokenBatch:
-        def make():
-            return lambda encoded, null_txt, null_vec: tokens_of(
-                encoded, null_txt, null_vec, self._task._preset.mmdit
-            )
-
-        return self._run("tokens", make, encoded, *self._null)
-
-    def _run(self, name: str, make, *args):
-        """A program whose results are split as batches are."""
-
-        def split(function):
-            return batch_shardings(self._devices.mesh, jax.eval_shape(function, *args))
-
-        return self._devices.programs.get(name, make, *args, out_shardings=split)(*args)
-
-    def sample(self, params: Params, frozen: Any, batch: Any) -> list[np.ndarray]:
-        """References as the autoencoder shows them, what the network makes, and the targets."""
-        encoded = self._encode(batch)
-        tokens = self._tokens(encoded)
-        size = encoded.x0.shape[1:3]
-        model, count = self._task._model, num_samples(tokens)
-        seeds = [self._seed + i for i in range(count)]
-        noise = latents.pack(initial_noise(seeds, *size, encoded.x0.shape[3]))
-        preset, num_steps = self._task._preset, self._num_steps
-        own = preset.timesteps_of(num_steps)
-        timesteps = sampling_schedule(num_steps, noise.shape[1], preset.shift_timesteps, own)
-        sampler = make_sampler(preset.default_sampler, seed_words(seeds))
-
-        def make():
-            def run(params, frozen, tokens, noise, timesteps):
-                guidance = None
-                if model.config.guidance_embed:
-                    guidance = jnp.full(count, self._guidance, jnp.float32)
-                cond = conditioning.of_batch(tokens, guidance)
-                velocity_fn = self._task._velocity_fn(params, frozen, cond)
-                return latents.unpack(sampler(velocity_fn, noise, timesteps), *size)
-
-            return run
-
-        args = (params, frozen, tokens, np.asarray(noise), timesteps)
-        result = self._run(("sample", size), make, *args)
-        columns = [*encoded.contexts[:1], result, encoded.x0]
-        return [self._decode(column) for column in columns]
-
-    def _decode(self, x: jax.Array) -> np.ndarray:
-        def make():
-            return lambda params, x: self._networks.vae.apply(
-                {"params": params}, x.astype(jnp.float32), method="decode"
-            ).astype(jnp.float32)
-
-        args = (self._params["vae"], x)
-        program = self._devices.programs.get(
-            "decode", make, *args, out_shardings=lambda _: self._devices.everywhere
-        )
-        return np.asarray(program(*args))
 
 
 def _named_backend(config: TrainConfig) -> Backend:

@@ -1,0 +1,118 @@
+"""Jobs files: one request a line, as JSON."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kontext_jax.sampling.output import Tell, check_outputs, make_pictures, one_line
+from kontext_jax.sampling.pipeline import (
+    Pipeline,
+)
+from kontext_jax.sampling.requests import (
+    SampleRequest,
+    prepare,
+    request_from_dict,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One line of a jobs file."""
+
+    line: int  # from 1
+    output: str  # file name, within the output folder
+    request: SampleRequest | None = None
+    error: str | None = None  # what is wrong with the line, instead of a request
+
+
+def read_jobs(path: str | os.PathLike) -> list[Job]:
+    """Reads a file of one JSON object a line: the fields of a request, and "output" if wanted.
+
+    A line that is wrong becomes a Job with `error`; blank lines are skipped.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: it is no text, or has no lines.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"jobs {path} is no UTF-8 text: {error}") from error
+    jobs: list[Job] = []
+    taken: set[str] = set()
+    for number, text in enumerate(lines, start=1):
+        if not text.strip():
+            continue
+        output = f"{path.stem}-{number}.png"
+        try:
+            values = json.loads(text)
+            if not isinstance(values, dict):
+                raise ValueError(f"found {type(values).__name__}, expected an object {{…}}")
+            output = _job_output(values.pop("output", output), taken)
+            jobs.append(Job(number, output, request_from_dict(values)))
+        except ValueError as error:
+            jobs.append(Job(number, output, error=str(error)))
+        taken.add(output)
+    if not jobs:
+        raise ValueError(f"jobs {path} has no lines; expected one JSON object a line")
+    return jobs
+
+
+def _job_output(name: Any, taken: set[str]) -> str:
+    if not isinstance(name, str) or not name.lower().endswith(".png"):
+        raise ValueError(f"output is {name!r}; expected a file name ending in .png")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"output {name!r} leaves the output folder; give a name inside of it")
+    if name in taken:
+        raise ValueError(f"output {name!r} is taken by an earlier line; give another name")
+    return name
+
+
+def run_jobs(
+    pipeline: Pipeline,
+    jobs: Sequence[Job],
+    folder: Path,
+    output_folder: Path,
+    *,
+    tell: Tell,
+    tell_error: Tell,
+    progress: bool = False,
+) -> int:
+    """Makes the pictures of a jobs file; how many of its lines failed.
+
+    Args:
+      folder: what names of images are relative to.
+    """
+    outcomes: dict[int, str] = {}
+    prepared, bases, lines = [], [], []
+    taken: dict[Path, int] = {}
+    for job in jobs:
+        try:
+            if job.error is not None:
+                raise ValueError(job.error)
+            base = output_folder / job.output
+            paths = check_outputs(base, job.request, folder)
+            if clash := next((path for path in paths if path in taken), None):
+                raise ValueError(f"output {clash} is also written by line {taken[clash]}")
+            request = prepare(job.request, pipeline.preset, folder)
+        except (ValueError, OSError) as error:
+            outcomes[job.line] = one_line(error)
+            tell_error(f"line {job.line}: {outcomes[job.line]}")
+            continue
+        taken |= dict.fromkeys(paths, job.line)
+        for line in (*request.lines(), request.sampling_line()):
+            tell(f"line {job.line}: {line}")
+        prepared.append(request)
+        bases.append(base)
+        lines.append(job.line)
+    if prepared:
+        failures = make_pictures(pipeline, prepared, bases, tell=tell, progress=progress)
+        for index, error in failures.items():
+            outcomes[lines[index]] = one_line(error)
+            tell_error(f"line {lines[index]}: {outcomes[lines[index]]}")
+    tell(f"{len(jobs) - len(outcomes)} of {len(jobs)} jobs done")
+    return len(outcomes)
