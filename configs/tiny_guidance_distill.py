@@ -4,9 +4,9 @@
         --out runs/tiny/guided --guidance 2.5 --limit 6000
     python train.py --config configs/tiny_guidance_distill.py --workdir runs/tiny/guidance
 
-After the stages of `tools/tiny_curriculum.py`. configs/guidance_distill.py at 1/2300 of the size:
-the teacher is the average of the parameters of runs/tiny/final, half of the examples are its own,
-and what text to image makes up of them stays as in the joint training.
+After the stages of `experiments/tiny_curriculum.py`. configs/guidance_distill.py at 1/2300 of the
+size: the teacher is the average of the parameters of runs/tiny/final, half of the examples are its
+own, and what text to image makes up of them stays as in the joint training.
 """
 
 from kontext_jax.data.config import DataConfig

@@ -2,9 +2,9 @@
 
     python train.py --config configs/tiny_kontext.py --workdir runs/tiny/joint
 
-Stage of `tools/tiny_curriculum.py`, which also lets the rate fall at the end. The paper's recipe at
-1/2300 of the size: rectified flow with logit-normal times, references as further tokens with
-positions of their own, text dropout for guidance, an average of the parameters.
+Stage of `experiments/tiny_curriculum.py`, which also lets the rate fall at the end. The paper's
+recipe at 1/2300 of the size: rectified flow with logit-normal times, references as further tokens
+with positions of their own, text dropout for guidance, an average of the parameters.
 """
 
 from kontext_jax.data.config import DataConfig

@@ -2,8 +2,8 @@
 
     python train.py --config configs/tiny_t2i.py --workdir runs/tiny/t2i
 
-Stage of `tools/tiny_curriculum.py`. Without references a step costs a third less, and what words
-mean is learnt here.
+Stage of `experiments/tiny_curriculum.py`. Without references a step costs a third less, and what
+words mean is learnt here.
 """
 
 from kontext_jax.data.config import DataConfig

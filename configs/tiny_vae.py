@@ -2,8 +2,8 @@
 
     python train.py --config configs/tiny_vae.py --workdir runs/tiny/vae
 
-First stage of `tools/tiny_curriculum.py`, which runs it and what follows; docs/learning.md tells of
-all. The network is FLUX's with two levels of 64 channels behind 4×4 patches (a million
+First stage of `experiments/tiny_curriculum.py`, which runs it and what follows; docs/learning.md
+tells of all. The network is FLUX's with two levels of 64 channels behind 4×4 patches (a million
 parameters). It learns from drawn scenes and from crops of the photographs of
 `kontext_jax.data.photos`, edited as the transformer will have to edit them. Squared errors count
 most: they settle the colours, which edits are graded by.

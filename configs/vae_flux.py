@@ -10,7 +10,8 @@ this is: L1 + LPIPS + 1e-6·KL, and from step 50,001 on a PatchGAN of adaptive w
 (arXiv:2112.10752). Data, length and batch were never published; those here are ours. LPIPS is
 AlexNet's, so that VGG16's is left to measure with (--config.autoencoder.perceptual_net=vgg16 did
 better on small pictures, docs/autoencoder.md); the discriminator normalises by groups
-(kontext_jax/models/discriminators.py says why). Other rates: --config.autoencoder.z_channels=4.
+(kontext_jax/models/judges/discriminators.py says why). Other rates:
+--config.autoencoder.z_channels=4.
 
 Hardware: TPU v5p, 32 chips or a multiple; other numbers by --config.batch_size. What a step needs
 `python -m kontext_jax.plan` tells (docs/autoencoder.md); nothing was measured on a chip.

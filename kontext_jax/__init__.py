@@ -1,3 +1,5 @@
 """FLUX.1 Kontext in JAX and Flax."""
 
-__version__ = "0.1.0"
+from kontext_jax.runtime.versions import VERSION as __version__
+
+__all__ = ["__version__"]

@@ -109,3 +109,18 @@ WRITERS = {
     "tars": write_tars,
     "array_record": write_records,
 }
+
+
+def broken_folder(path: Path, captions=()) -> Path:
+    """Samples 1 to 5 are bad, each in another way; 6 only shows it when it is decoded."""
+    folder = write_folder(path, pairs(12), captions)
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    (folder / "1_context0.png").unlink()
+    lines[2]["instruction"] = "  "
+    (folder / "3.png").write_bytes(b"no picture")
+    del lines[4]["contexts"]
+    (folder / "5.png").write_bytes(png(picture(5, 64, 64)))
+    cut = (folder / "6.png").read_bytes()
+    (folder / "6.png").write_bytes(cut[: len(cut) // 2])
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder

@@ -2,7 +2,7 @@
 
     python tests/light_training.py RUN NUM_STEPS EVERY
 
-It speaks as `train.py` does where `tools/fault_table.py` listens.
+It speaks as `train.py` does where `experiments/fault_table.py` listens.
 """
 
 import json

@@ -1,6 +1,6 @@
 """The house stays as docs/architecture.md draws it: who may import whom."""
 
-import ast
+import importlib.util
 import re
 import subprocess
 from pathlib import Path
@@ -8,150 +8,51 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ENTRY_POINTS = {
-    "sample.py",
-    "train.py",
-    "encode.py",
-    "synthesize.py",
-    "edits.py",
-    "reconstruction.py",
-    "distilled.py",
-    "multi_turn.py",
-}
 
-# Rooms from the ground up; a room imports from rooms on lower floors, or on its own.
-FLOORS = {
-    0: (
-        "types",
-        "numerics",
-        "compiling",
-        "executable_files",
-        "compiler_options",
-        "sharding",
-        "chips",
-        "hlo",
-        "hlo_collectives",
-        "hlo_kernels",
-        "hlo_cost",
-        "config_tree",
-        "metrics",
-        "processes",
-        "checksums",
-        "command_line",
-    ),
-    1: (
-        "guidance",
-        "policy",
-        "model_card",
-        "placement",
-        "ops",
-        "latents",
-        "flow",
-        "tensor_files",
-        "step_folders",
-    ),
-    2: (
-        "models",
-        "tokenizing",
-        "images",
-        "sizes",
-        "tensor_writing",
-        "data",
-        "train_state",
-        "array_store",
-    ),
-    3: (
-        "conditioning",
-        "sampler",
-        "checkpoint",
-        "requests",
-        "objectives",
-        "optimizer",
-        "training_checkpoints",
-        "adapters",
-        "flops",
-        "perceptual_weights",
-    ),
-    4: (
-        "stages",
-        "encoding",
-        "training_bundle",
-        "train_config",
-        "sample_grid",
-    ),
-    5: ("pipeline", "synthesis", "training_tasks", "training_data", "teacher"),
-    6: (
-        "evaluation",
-        "runs",
-        "warming",
-        "training_journal",
-        "transformer_task",
-        "flow_matching_task",
-        "ladd_task",
-        "distillation_task",
-        "autoencoder_task",
-    ),
-    7: ("task_table",),
-    8: ("train_loop",),
-    9: ("plan",),
-}
-FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
+
+def load_rooms():
+    spec = importlib.util.spec_from_file_location("rooms", ROOT / "tools" / "rooms.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+rooms = load_rooms()
 
 
 def python_files(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
-def imported_modules(path: Path) -> set[str]:
-    """Dotted names of everything a file imports, wherever in it the import stands."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name} imports relatively"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
-
-
-def room_of(path: Path) -> str:
-    """The first name below kontext_jax: a folder, or a file without its suffix."""
-    return path.relative_to(ROOT / "kontext_jax").parts[0].removesuffix(".py")
-
-
-def rooms_used(path: Path) -> set[str]:
-    """Rooms of kontext_jax that a file imports from."""
-    parts = [name.split(".") for name in imported_modules(path)]
-    return {p[1] for p in parts if p[0] == "kontext_jax" and len(p) > 1}
-
-
 def packages_used(path: Path) -> set[str]:
-    return {name.split(".")[0] for name in imported_modules(path)}
+    return {name.split(".")[0] for name in rooms.imported_modules(path)}
 
 
-def test_arrows_point_down():
-    upward = []
-    for path in python_files("kontext_jax"):
-        room = room_of(path)
-        if room == "__init__" or path.name in ENTRY_POINTS:
-            continue
-        assert room in FLOOR_OF, f"{room} stands on no floor; add it to FLOORS and architecture.md"
-        for used in rooms_used(path) & FLOOR_OF.keys():
-            if FLOOR_OF[used] > FLOOR_OF[room]:
-                upward.append(f"{path.relative_to(ROOT)} imports {used}")
-    assert not upward
+def test_every_room_stands_on_a_floor():
+    strangers = {rooms.room_of_file(path) for path in rooms.files()} - rooms.FLOOR_OF.keys()
+    assert not strangers, f"put {sorted(strangers)} on a floor of tools/rooms.py"
+
+
+def test_every_arrow_goes_to_a_lower_floor():
+    assert not rooms.not_down(rooms.arrows())
+
+
+def test_an_arrow_that_does_not_go_down_is_found():
+    """Along a floor, up, and to the face: all are told."""
+    across = {"sampling": {"training": ("a.py",)}, "ops": {"models": ("b.py",), "types": ()}}
+    assert [line.split(":")[0] for line in rooms.not_down(across)] == [
+        "sampling (floor 5) imports training (floor 5)",
+        "ops (floor 2) imports models (floor 3)",
+    ]
+    assert rooms.room_of_import("kontext_jax.anything") == rooms.FACE
+    assert rooms.room_of_import("kontext_jax.flow.path.velocity_target") == "flow"
+    assert rooms.room_of_import("numpy.linalg") is None
 
 
 def test_samplers_and_objectives_do_not_know_a_network():
-    files = [ROOT / "kontext_jax" / name for name in ("sampler.py", "flow.py")]
-    for path in files + python_files("kontext_jax/objectives"):
-        assert "models" not in rooms_used(path), path.name
-
-
-def test_only_entry_points_import_convert_weights():
-    importers = {p for p in python_files("kontext_jax") if "convert_weights" in packages_used(p)}
-    importers |= {p for p in ROOT.glob("*.py") if "convert_weights" in packages_used(p)}
-    assert {p.name for p in importers} <= ENTRY_POINTS
+    arrows = rooms.arrows()
+    for room in ("flow", "objectives", "ops"):
+        assert "models" not in arrows[room], room
 
 
 def test_the_package_never_imports_pytorch():

@@ -17,11 +17,11 @@ for module in pkgutil.walk_packages(kontext_jax.__path__, "kontext_jax."):
 
 import jax
 import jax.numpy as jnp
-from kontext_jax.conditioning import encode_text
+from kontext_jax.models.conditioning import encode_text
 from kontext_jax.models.clip import CLIPText
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.models.t5 import T5Encoder
-from kontext_jax.tokenizing import Tokenizers
+from kontext_jax.models.tokenizing import Tokenizers
 
 assets = Path(kontext_jax.__file__).parent / "assets" / "tokenizers"
 ids, _ = Tokenizers(assets / "t5", assets / "clip").tokenize(["make it blue"], 8)

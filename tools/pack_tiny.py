@@ -5,10 +5,10 @@
         --out kontext_jax/assets/models/tiny-fast
 
 RUN is a run's folder or a weight directory; FILE.json is what `kontext_jax.evaluation.edits` or
-`tools/tiny_report.py` wrote about the same weights, DISTILLED.json what
-`kontext_jax.evaluation.distilled` or `tools/fast_report.py` did: the model then keeps the sampler,
-steps and guidance that it was distilled for. Transformer and text encoders are stored in bfloat16,
-the autoencoder, which always computes in float32, as it is.
+`experiments/tiny_report.py` wrote about the same weights, DISTILLED.json what
+`kontext_jax.evaluation.distilled` or `experiments/fast_report.py` did: the model then keeps the
+sampler, steps and guidance that it was distilled for. Transformer and text encoders are stored in
+bfloat16, the autoencoder, which always computes in float32, as it is.
 """
 
 import argparse
@@ -127,7 +127,7 @@ def card(
         f"- **What it takes.** Pictures of about {side}×{side} pixels (others are resized), "
         f"{steps} steps, classifier-free",
         f"  guidance of {cfg:g} away from the empty prompt; these are the defaults.",
-        "- **What it was trained on.** Scenes drawn by `kontext_jax/data/scenes.py`"
+        "- **What it was trained on.** Scenes drawn by `kontext_jax/data/worlds/scenes.py`"
         + (
             ", and crops of the photographs below that are\n  marked train."
             if with_photos

@@ -8,24 +8,22 @@ that of a question is over everything it was asked with and the sources of this 
 """
 
 import dataclasses
-import functools
 import gzip
 import hashlib
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import kontext_jax
 from kontext_jax.plan.programs import Program
 from kontext_jax.plan.targets import Target
 from kontext_jax.runtime import compiler_options
 from kontext_jax.runtime.programs import default_cache_dir
+from kontext_jax.runtime.versions import source_hash
+from kontext_jax.runtime.versions import versions as versions_of
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin",
@@ -58,24 +56,8 @@ class Compiled:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that decides what a program becomes."""
-    found = {"python": sys.version.split()[0], "kontext_jax": _source_digest()[:12]}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-@functools.cache
-def _source_digest() -> str:
-    """Over the sources of this package."""
-    root = Path(kontext_jax.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+    """Versions of the packages that affect a compiled program, and of this package's source."""
+    return versions_of(PACKAGES) | {"kontext_jax": source_hash()[:12]}
 
 
 def _key(*parts: Any) -> str:

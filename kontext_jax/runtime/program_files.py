@@ -18,7 +18,6 @@ Programs of one device only, without donated arguments.
 
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -29,6 +28,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from kontext_jax.runtime.versions import source_hash, versions
 
 FORMAT = 1
 MOST_FILES = 500  # the oldest go first
@@ -100,7 +101,7 @@ class ExecutableFiles:
             "environment": {name: os.environ.get(name, "") for name in _ENVIRONMENT},
             "device": [device.platform, device.device_kind, device.client.platform_version],
             "processor": _processor() if device.platform == "cpu" else "",
-            "versions": _versions(),
+            "versions": versions(_PACKAGES),
             "source": source_hash(),
         }
 
@@ -220,26 +221,6 @@ def _devices() -> Any:
     from jaxlib.xla_client import DeviceList
 
     return DeviceList((jax.devices()[0],))
-
-
-@functools.cache
-def source_hash() -> str:
-    """Hash of all Python files of this package."""
-    root, digest = Path(__file__).parents[1], hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 @functools.cache

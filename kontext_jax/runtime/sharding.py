@@ -292,7 +292,8 @@ def parameter_spec(mesh: Mesh, path: str, shape: Sequence[int]) -> PartitionSpec
         rule = "no rule" if names is None else f"the rule {names}"
         raise ValueError(
             f"{path} with shape {tuple(shape)} matches {rule} of PARAMETER_AXES in "
-            "kontext_jax/sharding.py; add one that names its axes, or () to copy it everywhere"
+            "kontext_jax/runtime/sharding.py; add one that names its axes, or () to copy "
+            "it everywhere"
         )
     spec = [_split(mesh, name, size) for name, size in zip(names, shape, strict=False)]
 

@@ -10,8 +10,6 @@ before as its reference, without passing through pixels.
 """
 
 import dataclasses
-import importlib.metadata
-import platform
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import kontext_jax
 from kontext_jax.flow.samplers import initial_noise
 from kontext_jax.pictures import files as images
 from kontext_jax.pictures import latents
 from kontext_jax.runtime.placement import format_mesh
+from kontext_jax.runtime.versions import VERSION
+from kontext_jax.runtime.versions import versions as versions_of
 from kontext_jax.sampling.requests import PreparedRequest, request_to_dict
 from kontext_jax.sampling.stages import OnStep, Stages
 
@@ -305,5 +304,4 @@ def _column(values) -> np.ndarray | None:
 
 def versions() -> dict[str, str]:
     """Versions of everything that a picture's bits may depend on."""
-    found = {"kontext_jax": kontext_jax.__version__, "python": platform.python_version()}
-    return found | {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
+    return {"kontext_jax": VERSION} | versions_of(("jax", "jaxlib", "flax"))
