@@ -26,7 +26,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pages import insert
 
 from convert_weights.open import open_weights
 from kontext_jax.batches import Conditioning
@@ -52,6 +51,9 @@ from kontext_jax.training.tasks.flow_matching import FlowMatchingTask
 from kontext_jax.trees import unflatten
 from kontext_jax.weights.bundle import Component
 from kontext_jax.weights.run import open_run
+
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+from pages import insert
 
 SAMPLE_STEPS = 20
 CONFIG = Path(__file__).parents[1] / "configs/tiny_kontext.py"

@@ -32,11 +32,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from pages import insert
 
 from kontext_jax.evaluation.reconstruction import bootstrap
 from kontext_jax.evaluation.reconstruction_metrics import METRICS
 from kontext_jax.training import metrics
+
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+from pages import insert
 
 ROOT = Path(__file__).parents[1]
 RATES = (4, 8, 16)

@@ -49,6 +49,14 @@ def test_an_arrow_that_does_not_go_down_is_found():
     assert rooms.room_of_import("numpy.linalg") is None
 
 
+def test_circles_and_floors_are_counted():
+    circle = {"a": {"b": ()}, "b": {"c": ()}, "c": {"b": (), "d": ()}}
+    assert rooms.circles(circle) == [{"b", "c"}]
+    assert rooms.longest_way_down(circle) == 3
+    assert rooms.circles(rooms.arrows()) == []
+    assert rooms.longest_way_down(rooms.arrows()) <= len(rooms.FLOORS)
+
+
 def test_samplers_and_objectives_do_not_know_a_network():
     arrows = rooms.arrows()
     for room in ("flow", "objectives", "ops"):

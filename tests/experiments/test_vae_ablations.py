@@ -23,7 +23,7 @@ def load(path):
     return module
 
 
-load(ROOT / "experiments" / "pages.py")  # which it imports by name, as a script beside it
+load(ROOT / "tools" / "pages.py")  # which it imports by name, as a script beside it
 tool = load(ROOT / "experiments" / "vae_ablations.py")
 ARMS = [name for arms in tool.COMPARISONS.values() for name in arms]
 
