@@ -190,9 +190,7 @@ def draw(found: Arrows, out: Path) -> None:
     axes.set_axis_off()
     place, known = {}, found.keys() | {used for to in found.values() for used in to}
     for floor, names in FLOORS.items():
-        rooms = [
-            room for room in names if room in found or any(room in to for to in found.values())
-        ]
+        rooms = [room for room in names if room in known]
         for i, room in enumerate(rooms):
             place[room] = ((i + 0.5) / len(rooms), floor)
     for room, to in found.items():
