@@ -119,16 +119,16 @@ def measure_cached(count: int, steps: int, batch_size: int, threads: int) -> dic
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        with lock_part(root, 0) as partial:
+        with lock_part(root, 0):
             null_text = draw(512, 4096), draw(768)
-            made_by = encoded_folder.start_folder(root, partial, {}, {}, lambda: null_text)
+            made_by = encoded_folder.start_folder(root, {}, {}, lambda: null_text)
             writer = ShardWriter(root, 0, made_by, 512_000_000)
             for i in range(count):
                 writer.add_text(f"edit {i}", draw(512, 4096), draw(768))
                 entry = SampleEntry(str(i), 0, kind, prompt_key(f"edit {i}"))
                 writer.add_sample(entry, draw(128, 128, 16), (draw(128, 128, 16),))
             writer.finish_shard()
-            encoded_folder.write_done(root, partial, 0, 1, count)
+            encoded_folder.write_done(root, 0, 1, count)
         batches = cache.CachedBatches(
             cache.EncodedCache(root), batch_size=batch_size, seed=0, threads=threads, prefetch=2
         )

@@ -15,7 +15,7 @@ from convert_weights.layouts import TITLES
 from convert_weights.open import open_weights
 from convert_weights.rules import WeightMismatchError
 from convert_weights.to_jax import Advance, Summary, copy_tokenizer, require_room
-from kontext_jax.storage.atomic import write_folder
+from kontext_jax.runtime.atomic import write_folder
 from kontext_jax.storage.safetensors_reader import dtype_name
 from kontext_jax.trees import flatten
 from kontext_jax.weights import bundle as checkpoint

@@ -13,7 +13,7 @@ from convert_weights.open import open_weights
 from convert_weights.to_jax import Advance, Summary, require_room
 from convert_weights.to_torch import to_torch
 from kontext_jax.models.presets import PRESETS, Config
-from kontext_jax.storage.atomic import write_folder, write_json
+from kontext_jax.runtime.atomic import write_folder, write_json
 from kontext_jax.storage.safetensors_reader import TensorInfo, dtype_name
 from kontext_jax.storage.safetensors_writer import SafetensorsWriter
 from kontext_jax.trees import flatten

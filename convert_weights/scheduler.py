@@ -15,7 +15,7 @@ from typing import Any
 from convert_weights.layouts import read_json_object
 from convert_weights.rules import WeightMismatchError
 from kontext_jax.flow.names import Sampler
-from kontext_jax.storage.atomic import write_json
+from kontext_jax.runtime.atomic import write_json
 from kontext_jax.weights import card as model_card
 
 FILE = "scheduler/scheduler_config.json"

@@ -26,7 +26,7 @@ from convert_weights.sources import (
     resolve,
     tokenizer_kind,
 )
-from kontext_jax.storage.atomic import write_folder, write_json
+from kontext_jax.runtime.atomic import write_folder, write_json
 from kontext_jax.storage.safetensors_reader import (
     TensorFileError,
     TensorInfo,

@@ -19,7 +19,7 @@ from convert_weights.rules import Plan, WeightMismatchError, make_plan, natural_
 from convert_weights.tables import TABLES, clip
 from convert_weights.to_jax import Advance, Summary, copy_tokenizer, require_room, run_jobs
 from kontext_jax.models.presets import CLIPConfig, Config, MMDiTConfig, Preset, T5Config, VAEConfig
-from kontext_jax.storage.atomic import write_folder, write_json
+from kontext_jax.runtime.atomic import write_folder, write_json
 from kontext_jax.storage.safetensors_reader import TensorInfo, dtype_name
 from kontext_jax.storage.safetensors_writer import ShardedWriter
 from kontext_jax.weights import bundle as checkpoint

@@ -41,8 +41,8 @@ from kontext_jax.models.mmdit import MMDiT, make_velocity_fn
 from kontext_jax.models.presets import PRESETS, MMDiTConfig
 from kontext_jax.pictures import latents
 from kontext_jax.runtime import programs
+from kontext_jax.runtime.atomic import write_json
 from kontext_jax.sampling.stages import Stages
-from kontext_jax.storage.atomic import write_json
 from kontext_jax.terminal import load_config
 from kontext_jax.training import config as train_config
 from kontext_jax.training import loop as train_loop

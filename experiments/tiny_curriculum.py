@@ -25,6 +25,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from kontext_jax.runtime.atomic import write_text
+
 DONE = "done"  # folder of what was done, one file a stage
 TRAIN = "train.py --config configs/{}.py --workdir {}"
 
@@ -223,9 +225,7 @@ def run_stages(runs: Path, stages: Sequence[Stage], until: str | None, tell=prin
                 return status
             seconds += time.monotonic() - start
             tell(f"== {stage.makes}: done in {seconds / 60:.1f} min")
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps({**note, "seconds": seconds}, indent=1) + "\n")
-            partial.rename(file)
+            write_text(file, json.dumps({**note, "seconds": seconds}, indent=1) + "\n")
         marks[stage.makes] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
         if stage.makes == until:
             tell(f"done up to {until}")

@@ -29,11 +29,11 @@ from kontext_jax.evaluation.edit_model import Model
 from kontext_jax.evaluation.line_chart import Point, line_chart
 from kontext_jax.pictures.files import write_png
 from kontext_jax.runtime import programs
+from kontext_jax.runtime.atomic import write_json, write_text
 from kontext_jax.sampling.pipeline import Pipeline
 from kontext_jax.sampling.requests import SampleRequest, prepare
 from kontext_jax.sampling.stages import Stages
 from kontext_jax.storage import step_folders
-from kontext_jax.storage.atomic import write_json
 from kontext_jax.weights.perceptual import load_perceptual
 
 MARK = "<!-- results: written by tools/{} -->"
@@ -213,9 +213,7 @@ def fill_page(page: Path, text: str, tool: str = "tiny_report.py") -> None:
     before, mark, _ = page.read_text("utf-8").partition(wanted)
     if not mark:
         raise ValueError(f"{page} has no line {wanted}")
-    partial = page.with_suffix(".partial")
-    partial.write_text(f"{before}{wanted}\n\n{text}", "utf-8")
-    partial.rename(page)
+    write_text(page, f"{before}{wanted}\n\n{text}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

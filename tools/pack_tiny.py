@@ -24,7 +24,7 @@ from convert_weights.to_jax import copy_tokenizer
 from kontext_jax.data.worlds import photo_edits, photos
 from kontext_jax.data.worlds.scenes import WORLDS
 from kontext_jax.evaluation import distilled
-from kontext_jax.storage.atomic import write_folder
+from kontext_jax.runtime.atomic import write_folder
 from kontext_jax.weights.bundle import (
     KINDS,
     ModelBundle,

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from kontext_jax.runtime.atomic import write_text
+
 
 def insert(path: Path, parts: dict[str, list[str]]) -> None:
     """Puts lines between the marks of their names, `<!-- name: begin -->` and `<!-- name: end -->`.
@@ -16,6 +18,4 @@ def insert(path: Path, parts: dict[str, list[str]]) -> None:
             raise ValueError(f"{path}: expected one {begin.strip()} and one {end}")
         head, rest = text.split(begin)
         text = head + begin + "\n".join(lines).rstrip() + "\n" + end + rest.split(end)[1]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    write_text(path, text)

@@ -29,7 +29,7 @@ from kontext_jax.models.t5 import T5Encoder
 from kontext_jax.models.tokenizing import Tokenizers
 from kontext_jax.models.vae import VAE
 from kontext_jax.pictures.latents import pixels_to_model
-from kontext_jax.storage.atomic import write_folder
+from kontext_jax.runtime.atomic import write_folder
 from kontext_jax.types import Params
 from kontext_jax.weights.bundle import ASSETS, TOKENIZERS, save_component, write_manifest
 

@@ -1,4 +1,4 @@
-"""Files on disk or in a bucket: looked for in folders, and never left half written."""
+"""Files on disk or in a bucket, looked for in folders."""
 
 from collections.abc import Iterator
 

@@ -22,7 +22,7 @@ from kontext_jax.data.filters import Filter
 from kontext_jax.data.sources.examples import BadSample, Example, ImageRef, Source, digest
 from kontext_jax.pictures.files import decode_picture, picture_size, quiet_pillow
 from kontext_jax.pictures.sizes import Size
-from kontext_jax.storage.atomic import write_beside
+from kontext_jax.runtime.atomic import write_file
 
 FILTERED = "filtered: "  # begins the reasons that are no defects
 _VERSION = 2
@@ -111,7 +111,8 @@ def build_index(
             path = folder / f"{number:05d}.npz"
             if not path.exists():
                 made = _scan(source, rows, filter, verify, pool, progress)
-                write_beside(path, lambda file: _save(made, file))
+                folder.mkdir(parents=True, exist_ok=True)
+                write_file(path, lambda file: _save(made, file))
             return _load(path)
 
         everything = [

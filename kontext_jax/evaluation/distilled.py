@@ -19,6 +19,7 @@ bootstrap over prompts).
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
@@ -34,6 +35,7 @@ from kontext_jax.evaluation.edit_features import Features
 from kontext_jax.evaluation.edit_report import TITLES, markdown, mean_text, rate_text, rows_sheet
 from kontext_jax.evaluation.rows import OpenRow, open_rows, parse_row
 from kontext_jax.evaluation.scene_parser import parse
+from kontext_jax.runtime.atomic import write_file
 
 Tries = Sequence[Sequence[np.ndarray]]
 """One list of pictures for each seed."""
@@ -111,10 +113,8 @@ def draw_row(
             seconds = time.monotonic() - start
             if file is not None:
                 keep.mkdir(parents=True, exist_ok=True)
-                partial = file.with_suffix(".partial")
-                with partial.open("wb") as out:
-                    np.savez_compressed(out, pictures=np.stack(pictures), seconds=seconds)
-                partial.rename(file)
+                arrays = {"pictures": np.stack(pictures), "seconds": seconds}
+                write_file(file, functools.partial(np.savez_compressed, **arrays))
         tries.append(pictures)
     return tries, 1000 * seconds / len(prompts)
 

@@ -299,7 +299,7 @@ def run(args: Any) -> int:
     """Measures as the command line says, and prints the table."""
     from convert_weights.open import open_weights
     from kontext_jax.runtime import programs
-    from kontext_jax.storage.atomic import write_json
+    from kontext_jax.runtime.atomic import write_json
 
     for name in ("num", "size", "batch_size"):
         if getattr(args, name) < 1:

@@ -21,6 +21,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 
+from kontext_jax.runtime import atomic
+
 Box = tuple[float, float, float, float]
 """(left, top, right, bottom) in pixels of a picture; may reach outside of it."""
 
@@ -258,7 +260,7 @@ def check_writable(path: str | os.PathLike) -> None:
     parent = path.parent
     while not parent.exists():
         parent = parent.parent
-    probe = parent / f".{path.name}.{os.getpid()}.part"
+    probe = atomic.part_of(parent / path.name)
     try:
         if not parent.is_dir():
             raise NotADirectoryError(f"{parent} is not a directory")
@@ -280,14 +282,9 @@ def write_png(path: str | os.PathLike, pixels: np.ndarray, metadata: Mapping[str
     info = PngImagePlugin.PngInfo()
     info.add_text("Software", "kontext_jax (picture made by a generative model)")
     info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False, sort_keys=True))
-    part = path.parent / f".{path.name}.{os.getpid()}.part"
-    try:
-        with part.open("xb") as file:
-            Image.fromarray(pixels).save(file, format="PNG", pnginfo=info)
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    atomic.write_file(
+        path, lambda file: Image.fromarray(pixels).save(file, format="PNG", pnginfo=info)
+    )
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:

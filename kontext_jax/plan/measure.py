@@ -11,7 +11,6 @@ import dataclasses
 import gzip
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import Any
 from kontext_jax.plan.programs import Program
 from kontext_jax.plan.targets import Target
 from kontext_jax.runtime import compiler_options
+from kontext_jax.runtime.atomic import write_bytes
 from kontext_jax.runtime.programs import default_cache_dir
 from kontext_jax.runtime.versions import source_hash
 from kontext_jax.runtime.versions import versions as versions_of
@@ -104,9 +104,7 @@ class Cache:
     def _replace(self, name: str, contents: bytes) -> None:
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.{os.getpid()}")
-        beside.write_bytes(contents)
-        beside.replace(path)
+        write_bytes(path, contents)
 
 
 def default_cache() -> Cache:

@@ -123,7 +123,7 @@ def encode(args: argparse.Namespace) -> None:
         encoded_folder.check_facts(out, encoded_folder.read_manifest(out)["facts"], facts)
     out.mkdir(parents=True, exist_ok=True)
 
-    with lock_part(out, args.process_index) as partial:
+    with lock_part(out, args.process_index):
         encoded_folder.withdraw_done(out, args.process_index, args.process_count)
         dataset = open_dataset(config, index_dir=out / "index", tell=tell)
         stored = read_stored(out, made_by)
@@ -131,7 +131,7 @@ def encode(args: argparse.Namespace) -> None:
         jobs, num_done = list_jobs(dataset, stored, args.variants, *share)
         if not jobs and (out / encoded_folder.MANIFEST).exists():
             encoded_folder.read_null_text(out, made_by)
-            encoded_folder.write_done(out, partial, *share, num_done)
+            encoded_folder.write_done(out, *share, num_done)
             tell(f"nothing is missing: {out} holds {num_done:,} crops of this process")
             return
         todo = sum(len(job.variants) for job in jobs)
@@ -151,7 +151,7 @@ def encode(args: argparse.Namespace) -> None:
             "encoders": bundle.source,
             "made_with": {"pillow": PIL.__version__, "jax": jax.__version__},
         }
-        encoded_folder.start_folder(out, partial, facts, notes, networks.null_text)
+        encoded_folder.start_folder(out, facts, notes, networks.null_text)
         sources = {source.name: source.identity() for source in dataset.sources}
         writer = ShardWriter(out, args.process_index, made_by, args.shard_kb * 1000, sources)
         work = Encoding(
@@ -171,7 +171,7 @@ def encode(args: argparse.Namespace) -> None:
             work.run(jobs, progress)
         seconds = time.monotonic() - start
         num_records = num_done + work.num_written
-        encoded_folder.write_done(out, partial, *share, num_records)
+        encoded_folder.write_done(out, *share, num_records)
     images = work.num_written * pictures / max(1, todo)
     tell(
         f"encoded {work.num_written:,} crops in {seconds:.1f} s ({images / seconds:.3g} images/s); "

@@ -145,7 +145,7 @@ def synthesize(args: argparse.Namespace) -> None:
     if (out / encoded_folder.MANIFEST).exists():
         encoded_folder.check_facts(out, encoded_folder.read_manifest(out)["facts"], facts)
     out.mkdir(parents=True, exist_ok=True)
-    with lock_part(out, args.process_index) as partial:
+    with lock_part(out, args.process_index):
         encoded_folder.withdraw_done(out, *share)
         stored = read_stored(out, made_by)
         numbers = choose(givens.ids, args.limit, *share)
@@ -160,7 +160,7 @@ def synthesize(args: argparse.Namespace) -> None:
             f"{size_text(needed)}; {size_text(free)} free"
         )
         notes = {"model": bundle.source, "made_with": {"jax": jax.__version__}}
-        encoded_folder.start_folder(out, partial, facts, notes, givens.null_text)
+        encoded_folder.start_folder(out, facts, notes, givens.null_text)
         writer = ShardWriter(out, args.process_index, made_by, args.shard_kb * 1000)
         work = Synthesis(
             stages,
@@ -175,7 +175,7 @@ def synthesize(args: argparse.Namespace) -> None:
         with progress_line(len(jobs), 1, tell, quiet=args.quiet, verb="made") as progress:
             work.run(jobs, progress)
         seconds = time.monotonic() - start
-        encoded_folder.write_done(out, partial, *share, len(wanted))
+        encoded_folder.write_done(out, *share, len(wanted))
     rate = f" ({len(jobs) / seconds:.3g} a second)" if jobs else ""
     tell(
         f"made {len(jobs):,} results in {seconds:.1f} s{rate}; {out} holds {len(wanted):,} of this "

@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import platform
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from kontext_jax.runtime.atomic import write_bytes
 from kontext_jax.runtime.versions import source_hash, versions
 
 FORMAT = 1
@@ -148,15 +148,12 @@ class ExecutableFiles:
             "sha256": hashlib.sha256(payload).hexdigest(),
         }
         path = self._path(facts)
-        beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
-            beside.write_bytes(json.dumps(header).encode() + b"\n" + payload)
-            beside.rename(path)
+            write_bytes(path, json.dumps(header).encode() + b"\n" + payload)
             files = sorted(self._directory.glob("*.program"), key=lambda p: p.stat().st_mtime)
             for old in files[:-MOST_FILES]:
                 old.unlink(missing_ok=True)
         except OSError as error:
-            beside.unlink(missing_ok=True)
             self._give_up(f"programs cannot be kept in {self._directory}: {error.strerror}")
 
     def _path(self, facts: Mapping[str, Any]) -> Path:

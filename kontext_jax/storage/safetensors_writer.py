@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kontext_jax.storage.atomic import write_json
+from kontext_jax.runtime.atomic import part_of, put, write_json
 from kontext_jax.storage.safetensors_reader import DTYPE_NAMES, TensorInfo
 
 FLUSH_BYTES = 2**20  # smaller slices are left to the kernel
@@ -24,8 +24,8 @@ SLICES_ON_THE_WAY = 2
 class SafetensorsWriter:
     """Writes one safetensors file whose tensors are declared first and streamed in any order.
 
-    The data goes to `path` + ".partial", which takes its final name when every byte has been
-    written, and is removed when the `with` block ends in an error. Safe in threads.
+    The data goes to a file beside `path`, which takes its name when every byte has been written,
+    and is removed when the `with` block ends in an error. Safe in threads.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class SafetensorsWriter:
     ):
         """Lays the file out; `tensors` gives dtype and shape by name (`start` is ignored)."""
         self.path = Path(path)
-        self.partial = self.path.with_name(self.path.name + ".partial")
+        self._part = part_of(self.path)
         header, offset, self.tensors = {}, 0, {}
         if metadata:
             header["__metadata__"] = dict(metadata)
@@ -54,7 +54,7 @@ class SafetensorsWriter:
         self._lock = threading.Lock()
         self._on_the_way: collections.deque[tuple[int, int]] = collections.deque()
         self._missing = {name: info.nbytes for name, info in self.tensors.items()}
-        self._fd: int | None = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._fd: int | None = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
             os.truncate(self._fd, self._data_start + offset)
             self._pwrite(struct.pack("<Q", len(text)) + text, 0)
@@ -111,17 +111,16 @@ class SafetensorsWriter:
         if wrong:
             self.abort()
             raise RuntimeError(f"{self.path}: not written exactly once: {', '.join(wrong)}")
-        os.fsync(self._fd)
         os.close(self._fd)
         self._fd = None
-        self.partial.replace(self.path)
+        put(self._part, self.path, durable=True)
 
     def abort(self) -> None:
         """Closes and removes the unfinished file."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
-            self.partial.unlink(missing_ok=True)
+            self._part.unlink(missing_ok=True)
 
     def __enter__(self) -> "SafetensorsWriter":
         return self

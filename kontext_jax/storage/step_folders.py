@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping
 
 from etils import epath
 
+from kontext_jax.runtime.atomic import is_local
 from kontext_jax.storage import checksums
-from kontext_jax.storage.atomic import is_local
 
 FORMAT = 1
 MANIFEST, ARRAYS, DATA_STATE, CONFIG = "manifest.json", "arrays", "data_state.json", "config.json"

@@ -25,9 +25,9 @@ import jax
 import numpy as np
 from etils import epath
 
+from kontext_jax.runtime.atomic import is_local, write_text
 from kontext_jax.runtime.processes import from_all, from_first
 from kontext_jax.storage import arrays, checksums, step_folders
-from kontext_jax.storage.atomic import is_local, write_text
 from kontext_jax.storage.step_folders import ARRAYS, CONFIG, DATA_STATE, MANIFEST, CheckpointError
 
 ITEMS = ("params", "ema_params", "opt_state")  # fields of the state that are items of their own
@@ -259,8 +259,8 @@ class Checkpoints:
             if nbytes > shutil.disk_usage(self.directory).free:
                 raise CheckpointError("the disk is too full")
         folder.mkdir(parents=True)
-        write_text(folder / DATA_STATE, json.dumps(data_state, indent=2))
-        write_text(folder / CONFIG, config_json)
+        write_text(folder / DATA_STATE, json.dumps(data_state, indent=2), durable=True)
+        write_text(folder / CONFIG, config_json, durable=True)
 
     def _finish(self, step: int, nbytes: int, saving: arrays.Saving) -> None:
         """Waits for the arrays, commits them and deletes what need not be kept; in a thread."""
@@ -299,7 +299,8 @@ class Checkpoints:
         ]
         files = checksums.record(folder, names, with_checksums=self._is_local)
         if index:
-            write_text(folder / f"{MANIFEST}.{index}", json.dumps(step_folders.as_json(files)))
+            own = json.dumps(step_folders.as_json(files))
+            write_text(folder / f"{MANIFEST}.{index}", own, durable=True)
             self._await(lambda: (folder / MANIFEST).exists(), folder, "process 0")
             return
         parts = [folder / f"{MANIFEST}.{other}" for other in range(1, count)]
@@ -308,7 +309,7 @@ class Checkpoints:
         for part in parts:
             listed |= json.loads(part.read_text())
             part.unlink()
-        write_text(folder / MANIFEST, step_folders.manifest_json(step, listed))
+        write_text(folder / MANIFEST, step_folders.manifest_json(step, listed), durable=True)
 
     def _await(self, is_done: Callable[[], bool], folder: epath.Path, whom: str) -> None:
         deadline = time.monotonic() + OTHERS_TIMEOUT_S

@@ -7,7 +7,7 @@ from etils import epath
 
 from kontext_jax.objectives.base import mean_metrics
 from kontext_jax.pictures.files import write_png
-from kontext_jax.storage.atomic import write_text
+from kontext_jax.runtime.atomic import write_text
 from kontext_jax.training import config as train_config
 from kontext_jax.training.config import TrainConfig
 from kontext_jax.training.metrics import MetricLog, Progress, RunFiles, Speed
@@ -52,7 +52,8 @@ class Journal:
 
     def write_config(self, config: TrainConfig) -> None:
         if self._is_first:
-            write_text(self._run / CONFIG_FILE, train_config.to_json(config) + "\n")
+            text = train_config.to_json(config) + "\n"
+            write_text(self._run / CONFIG_FILE, text, durable=True)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if self._is_first:

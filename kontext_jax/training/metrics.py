@@ -18,6 +18,7 @@ from typing import Any
 
 from etils import epath
 
+from kontext_jax.runtime.atomic import write_text
 from kontext_jax.terminal import duration
 
 FILE = "metrics.jsonl"
@@ -81,9 +82,7 @@ def cut_after(path: Path, step: int) -> int:
         kept += [line] * keep
         dropped += not keep
     if dropped:
-        beside = path.with_name(path.name + ".part")
-        beside.write_text("".join(line + "\n" for line in kept), "utf-8")
-        os.replace(beside, path)
+        write_text(path, "".join(line + "\n" for line in kept))
     return dropped
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kontext_jax.models.presets import CONFIG_CLASSES, PRESETS, Config, Preset, config_from_json
-from kontext_jax.storage.atomic import write_folder, write_json
+from kontext_jax.runtime.atomic import write_folder, write_json
 from kontext_jax.storage.safetensors_reader import (
     SafetensorsFile,
     TensorFileError,

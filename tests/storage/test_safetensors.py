@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from kontext_jax.runtime.atomic import write_folder
 from kontext_jax.storage import safetensors_reader
-from kontext_jax.storage.atomic import write_folder
 from kontext_jax.storage.safetensors_reader import (
     DTYPES,
     SafetensorsFile,

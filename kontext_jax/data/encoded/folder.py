@@ -15,8 +15,8 @@ from kontext_jax.data.encoded.records import (
     CacheError,
     facts_difference,
     facts_hash,
-    write_beside,
 )
+from kontext_jax.runtime.atomic import write_text
 from kontext_jax.storage.safetensors_reader import SafetensorsFile, TensorFileError, TensorInfo
 from kontext_jax.storage.safetensors_writer import SafetensorsWriter
 
@@ -105,7 +105,6 @@ def read_null_text(directory: Path, made_by: str) -> tuple[np.ndarray, np.ndarra
 
 def start_folder(
     directory: Path,
-    partial: Path,
     facts: Mapping[str, Any],
     notes: Mapping[str, Any],
     make_null_text: Callable[[], tuple[np.ndarray, np.ndarray]],
@@ -113,7 +112,6 @@ def start_folder(
     """Makes a folder of encoded samples of `directory`, or finds that it is one of the same facts.
 
     Args:
-      partial: folder in which this process writes what is not finished.
       facts: what makes the records.
       notes: what else to tell people in the manifest.
       make_null_text: gives txt [T, D] and vec [D] of the empty prompt.
@@ -131,21 +129,18 @@ def start_folder(
         return made_by
     arrays = dict(zip(("txt", "vec"), map(np.asarray, make_null_text()), strict=True))
     infos = {name: TensorInfo(array.dtype, array.shape) for name, array in arrays.items()}
-    with SafetensorsWriter(partial / NULL_TEXT, infos, {"made_by": made_by}) as writer:
+    with SafetensorsWriter(directory / NULL_TEXT, infos, {"made_by": made_by}) as writer:
         for name, array in arrays.items():
             writer.write(name, array)
-    (partial / NULL_TEXT).replace(directory / NULL_TEXT)
     manifest = {"format": FORMAT, "hash": made_by, "facts": facts, **notes}
-    write_beside(directory / MANIFEST, partial, json.dumps(manifest, indent=2).encode() + b"\n")
+    write_text(directory / MANIFEST, json.dumps(manifest, indent=2) + "\n", durable=True)
     return made_by
 
 
-def write_done(
-    directory: Path, partial: Path, process: int, process_count: int, num_records: int
-) -> None:
+def write_done(directory: Path, process: int, process_count: int, num_records: int) -> None:
     """Says that a process has encoded its whole share, of so many samples and variants."""
     path = directory / f"done-{process:05d}-of-{process_count:05d}.json"
-    write_beside(path, partial, json.dumps({"records": num_records}).encode())
+    write_text(path, json.dumps({"records": num_records}), durable=True)
 
 
 def withdraw_done(directory: Path, process: int, process_count: int) -> None:

@@ -14,22 +14,22 @@ Text features stand once for every prompt of a process, under the hash of the pr
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
 import re
 import shutil
 import struct
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from kontext_jax.data.buckets import Kind
+from kontext_jax.runtime.atomic import put
 
 SHARD_NAME = re.compile(r"part-(\d{5})-(\d{6})\.array_record")
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -134,16 +134,6 @@ class SampleEntry:
         return SampleEntry(id_, variant, Kind(target, tuple(contexts)), text)
 
 
-def write_beside(path: Path, partial: Path, data: bytes) -> None:
-    """Writes `data` into the folder `partial`, makes it durable, then gives it its name."""
-    beside = partial / path.name
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-
-
 class ShardWriter:
     """Writes the records of one process; a shard is closed when it is large enough.
 
@@ -218,9 +208,7 @@ class ShardWriter:
         except RuntimeError as error:
             raise self._unwritable(error) from None
         self._writer = None
-        with self._unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        self._unfinished.replace(self._directory / self._unfinished.name)
+        put(self._unfinished, self._directory / self._unfinished.name, durable=True)
         self._number += 1
 
     def _unwritable(self, why: object) -> CacheError:
@@ -232,7 +220,7 @@ class ShardWriter:
 
 
 @contextlib.contextmanager
-def lock_part(directory: Path, process: int) -> Iterator[Path]:
+def lock_part(directory: Path, process: int) -> Iterator[None]:
     """Holds process `process`'s share of `directory`, its folder `partial-P` emptied.
 
     Raises:
@@ -242,8 +230,8 @@ def lock_part(directory: Path, process: int) -> Iterator[Path]:
     partial.mkdir(parents=True, exist_ok=True)
     with (partial / "lock").open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            _lock(lock)
+        except (BlockingIOError, PermissionError):
             raise CacheError(
                 f"{directory}: another program is writing the share of process {process}; wait for "
                 "it, or give each its own --process_index"
@@ -251,8 +239,24 @@ def lock_part(directory: Path, process: int) -> Iterator[Path]:
         for path in partial.iterdir():
             if path.name != "lock":
                 path.unlink()
-        yield partial
+        yield
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _lock(file: IO) -> None:
+    """Locks an open file until it is closed.
+
+    Raises:
+      BlockingIOError: another process holds the lock; on Windows PermissionError.
+    """
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def shard_paths(directory: Path) -> list[tuple[int, int, Path]]:

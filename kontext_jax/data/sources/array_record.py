@@ -10,6 +10,7 @@ bytes of its pictures, target first:
 WebDataset's shards, a data set is a folder of such files.
 """
 
+import contextlib
 import json
 import os
 import struct
@@ -27,6 +28,7 @@ from kontext_jax.data.sources.examples import (
     ImageRef,
     Source,
 )
+from kontext_jax.runtime.atomic import replacing
 
 FORMAT = "kontext_jax/pair/1"
 _WRITE = "group_size:1,uncompressed"
@@ -75,22 +77,14 @@ def unpack_pair(record: bytes, place: str) -> Example:
 
 def write_array_record(examples: Iterable[Example], path: str | os.PathLike) -> int:
     """Writes examples to one file, beside its place and then renamed; returns how many."""
-    path = os.fspath(path)
-    part = f"{path}.{os.getpid()}.part"
     count = 0
-    try:
-        writer = ArrayRecordWriter(part, _WRITE)
-        try:
-            for example in examples:
-                writer.write(pack_pair(example))
-                count += 1
-        finally:
-            writer.close()
-        os.replace(part, path)
-    except BaseException:
-        if os.path.exists(part):
-            os.unlink(part)
-        raise
+    with (
+        replacing(path) as part,
+        contextlib.closing(ArrayRecordWriter(os.fspath(part), _WRITE)) as writer,
+    ):
+        for example in examples:
+            writer.write(pack_pair(example))
+            count += 1
     return count
 
 

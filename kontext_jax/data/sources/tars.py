@@ -34,7 +34,7 @@ from kontext_jax.data.sources.examples import (
     make_example,
     relative_names,
 )
-from kontext_jax.storage.atomic import write_beside
+from kontext_jax.runtime.atomic import write_file
 
 _COLUMNS_SEEN = 100  # samples of a tar whose members say which columns there are
 
@@ -167,5 +167,6 @@ def _members(path: epath.Path, index_dir: str | os.PathLike | None) -> _Members:
         np.array([*samples, len(names)], np.int64),
     )
     if kept is not None:
-        write_beside(kept, lambda file: np.savez(file, **dataclasses.asdict(members)))
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_file(kept, lambda file: np.savez(file, **dataclasses.asdict(members)))
     return members

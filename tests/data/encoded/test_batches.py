@@ -37,8 +37,8 @@ def write_folder(
 ):
     """Samples whose arrays tell their number, variant and role; every third prompt is shared."""
     directory.mkdir(exist_ok=True)
-    with lock_part(directory, process) as partial:
-        made_by = start_folder(directory, partial, facts, {}, lambda: text_of("", np.float32))
+    with lock_part(directory, process):
+        made_by = start_folder(directory, facts, {}, lambda: text_of("", np.float32))
         writer = ShardWriter(directory, process, made_by, shard_bytes)
         written = set()
         for n in range(process, num, count):
@@ -57,7 +57,7 @@ def write_folder(
         writer.finish_shard()
         if done:
             num_records = len(range(process, num, count)) * facts["variants"]
-            write_done(directory, partial, process, count, num_records)
+            write_done(directory, process, count, num_records)
 
 
 def text_of(prompt: str, dtype=ml_dtypes.bfloat16):
@@ -208,10 +208,10 @@ def test_records_made_in_another_way_are_refused_with_what_differs(folder):
 def test_a_folder_of_other_facts_is_not_added_to(folder):
     facts = {**FACTS, "variants": 1}
     with (
-        lock_part(folder, 0) as partial,
+        lock_part(folder, 0),
         pytest.raises(CacheError, match="variants: stored 2, now 1"),
     ):
-        start_folder(folder, partial, facts, {}, lambda: text_of(""))
+        start_folder(folder, facts, {}, lambda: text_of(""))
 
 
 def copy_of(folder, directory):
