@@ -2,10 +2,10 @@
 
     python tools/house.py [DIR …]        without DIR, this checkout
 
-Counted with `ast` over the product's Python files, without tests, tools, experiments, benchmarks and
-configs: lines; files; lines of a function with signature, docstring and nested functions; public
-functions (no underscore in front) with a docstring; functions with a return type; modules that lie
-flat in the largest package.
+Counted with `ast` over the product's Python files, without tests, tools, experiments, benchmarks
+and configs: lines; files; lines of a function with signature, docstring and nested functions;
+public functions (no underscore in front) with a docstring; functions with a return type; modules
+that lie flat in the largest package.
 """
 
 import argparse
