@@ -17,11 +17,60 @@ class Parser(argparse.ArgumentParser):
 
     Args:
       prefixes: beginnings of flags that the command reads itself, to be suggested as well.
+      essentials: the options that `--help` shows, where `--help-all` shows all of them.
+      underscores: whether `--a_b` is read as `--a-b`, for commands that once spelled it so.
     """
 
-    def __init__(self, *args, prefixes: tuple[str, ...] = (), **kwargs):
+    def __init__(
+        self,
+        *args,
+        prefixes: tuple[str, ...] = (),
+        essentials: tuple[str, ...] = (),
+        underscores: bool = False,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self._prefixes = prefixes
+        self._essentials = essentials
+        self._underscores = underscores
+        if essentials:
+            absent = {"default": argparse.SUPPRESS, "help": "show all options and exit"}
+            self.add_argument("--help-all", action=_HelpAll, nargs=0, **absent)
+
+    def format_help(self) -> str:
+        return self._short_help() if self._essentials else self.format_help_all()
+
+    def format_help_all(self) -> str:
+        """The help with every option in it."""
+        return super().format_help()
+
+    def _short_help(self) -> str:
+        """The help with the essential options alone."""
+        shown = [self._option_string_actions[flag] for flag in self._essentials]
+        positionals = self._get_positional_actions()
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, [*positionals, *shown], ())
+        formatter.add_text(self.description)
+        formatter.start_section("options")
+        formatter.add_arguments([*positionals, *shown])
+        formatter.end_section()
+        hidden = {id(a) for a in self._actions} - {id(a) for a in (*positionals, *shown)}
+        formatter.add_text(f"--help-all shows {len(hidden) - 2} more options.")
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = list(sys.argv[1:] if args is None else args)
+        if self._underscores:
+            words = [self._dashed(word) for word in words]
+        return super().parse_known_args(words, namespace)
+
+    def _dashed(self, word: str) -> str:
+        """`--batch_size=4` as `--batch-size=4`, if there is such an option."""
+        name, equals, value = word.partition("=")
+        dashed = name.replace("_", "-")
+        known = name.startswith("--") and dashed in self._option_string_actions
+        return dashed + equals + value if known else word
 
     def error(self, message):
         if message.startswith("unrecognized arguments:"):
@@ -30,6 +79,30 @@ class Parser(argparse.ArgumentParser):
             if near := difflib.get_close_matches(word, [*flags, *self._prefixes], n=1):
                 message += f" (did you mean {near[0]}?)"
         self.exit(2, f"error: {message}; see --help\n")
+
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(parser.format_help_all(), end="")
+        parser.exit()
+
+
+def exit_status(run: Callable[[], int]) -> int:
+    """What `run` returns, or the code of its error, told in one line.
+
+    The codes of all commands: 0 done, 1 computing failed, 2 bad input, 130 interrupted.
+    """
+    try:
+        return run()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def split_settings(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -52,17 +125,43 @@ def split_settings(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
     return rest, settings
 
 
+def configs_folder() -> Path:
+    """The config files that ship: `configs/` of a checkout, or its copy in the wheel."""
+    package = Path(__file__).parent
+    shipped = package / "configs"
+    return shipped if shipped.is_dir() else package.parent / "configs"
+
+
+def find_config(path: str) -> Path:
+    """The config file at a path, or the one of a name such as "tiny" that ships.
+
+    Raises:
+      ValueError: there is none.
+    """
+    file, shipped = Path(path), configs_folder()
+    if file.is_file():
+        return file
+    named = shipped / f"{path}.py"
+    if file.name == path and not file.suffix and named.is_file():
+        return named
+    folder = file.parent if file.parent.is_dir() else Path("configs")
+    choices = sorted(str(p) for p in folder.glob("*.py"))
+    if file.name == path:
+        choices += sorted(p.stem for p in shipped.glob("*.py"))
+    near = difflib.get_close_matches(path, choices, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    raise ValueError(f"there is no config file {path}{hint}")
+
+
 def load_config(path: str):
-    """The ConfigDict that `get_config()` of a config file returns."""
+    """The ConfigDict that `get_config()` of a config file returns.
+
+    Args:
+      path: a file, or the name of a config that ships, such as "tiny".
+    """
     import importlib.util
 
-    file = Path(path)
-    if not file.is_file():
-        folder = file.parent if file.parent.is_dir() else Path("configs")
-        choices = sorted(str(p) for p in folder.glob("*.py"))
-        near = difflib.get_close_matches(path, choices, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"there is no config file {path}{hint}")
+    file = find_config(path)
     spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
     if spec is None:
         raise ValueError(f"{path} is no Python file; see configs/")

@@ -26,7 +26,7 @@ from PIL import Image
 from kontext_jax.evaluation.reconstruction_metrics import METRICS, measure
 from kontext_jax.models.judges.perceptual import VGG16, Perceptual
 from kontext_jax.models.vae import VAE
-from kontext_jax.pictures.files import load_picture
+from kontext_jax.pictures.files import SUFFIXES, load_picture
 from kontext_jax.runtime.sharding import MeshConfig, activation_rules, batch_shardings, make_mesh
 from kontext_jax.terminal import Parser
 from kontext_jax.types import Params
@@ -47,7 +47,6 @@ TITLES = {
     "psnr": "PSNR, dB",
 }
 FORMS = ("rounded", "unrounded")
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif", ".avif"}
 RESAMPLES, RESAMPLES_AT_ONCE, BOOTSTRAP_SEED = 10_000, 100, 0
 
 

@@ -43,6 +43,8 @@ FORMATS = (
     "AVIF",
     "JPEG2000",
 )
+# Names by which pictures of a folder are found.
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif", ".avif")
 _EXIF_ORIENTATION = 0x0112
 _ORIENTATIONS = {
     2: "mirrored",

@@ -20,12 +20,21 @@ from kontext_jax.sampling.requests import (
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One line of a jobs file."""
+    """One of several requests: a line of a jobs file, or a picture of a folder."""
 
-    line: int  # from 1
+    line: int  # from 1; for pictures their number
     output: str  # file name, within the output folder
     request: SampleRequest | None = None
     error: str | None = None  # what is wrong with the line, instead of a request
+    name: str | None = None  # the picture's
+
+    @property
+    def label(self) -> str:
+        return self.name or f"line {self.line}"
+
+    def about(self, text: str) -> str:
+        """A text for the user that says which job it is about."""
+        return text if self.name and self.name in text else f"{self.label}: {text}"
 
 
 def read_jobs(path: str | os.PathLike) -> list[Job]:
@@ -82,14 +91,19 @@ def run_jobs(
     tell_error: Tell,
     progress: bool = False,
 ) -> int:
-    """Makes the pictures of a jobs file; how many of its lines failed.
+    """Makes the pictures of several requests; the number of jobs that failed.
 
     Args:
-      folder: what names of images are relative to.
+      folder: the folder to which names of images are relative.
     """
-    outcomes: dict[int, str] = {}
-    prepared, bases, lines = [], [], []
-    taken: dict[Path, int] = {}
+    failed: set[int] = set()
+    prepared, bases, made = [], [], []
+    taken: dict[Path, Job] = {}
+
+    def fail(job: Job, error: BaseException) -> None:
+        failed.add(job.line)
+        tell_error(job.about(one_line(error)))
+
     for job in jobs:
         try:
             if job.error is not None:
@@ -97,22 +111,19 @@ def run_jobs(
             base = output_folder / job.output
             paths = check_outputs(base, job.request, folder)
             if clash := next((path for path in paths if path in taken), None):
-                raise ValueError(f"output {clash} is also written by line {taken[clash]}")
+                raise ValueError(f"output {clash} is also written by {taken[clash].label}")
             request = prepare(job.request, pipeline.preset, folder)
         except (ValueError, OSError) as error:
-            outcomes[job.line] = one_line(error)
-            tell_error(f"line {job.line}: {outcomes[job.line]}")
+            fail(job, error)
             continue
-        taken |= dict.fromkeys(paths, job.line)
+        taken |= dict.fromkeys(paths, job)
         for line in (*request.lines(), request.sampling_line()):
-            tell(f"line {job.line}: {line}")
+            tell(job.about(line))
         prepared.append(request)
         bases.append(base)
-        lines.append(job.line)
+        made.append(job)
     if prepared:
         failures = make_pictures(pipeline, prepared, bases, tell=tell, progress=progress)
         for index, error in failures.items():
-            outcomes[lines[index]] = one_line(error)
-            tell_error(f"line {lines[index]}: {outcomes[lines[index]]}")
-    tell(f"{len(jobs) - len(outcomes)} of {len(jobs)} jobs done")
-    return len(outcomes)
+            fail(made[index], error)
+    return len(failed)

@@ -15,6 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from convert_weights.lora.write import write_lora
+from kontext_jax.commands import edit
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.pictures import files as images
 from kontext_jax.runtime.programs import CACHE_VARIABLE
@@ -378,11 +379,11 @@ def test_nan_in_weights_is_refused(cli, tmp_path):
     assert not (tmp_path / "a.png").exists()
 
 
-def test_ctrl_c_ends_quietly(cli, sample, monkeypatch):
+def test_ctrl_c_ends_quietly(cli, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sample, "open_weights", interrupt)
+    monkeypatch.setattr(edit, "choose_weights", interrupt)
     assert cli() == (130, "", "interrupted\n")
 
 

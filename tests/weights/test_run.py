@@ -229,8 +229,9 @@ def test_sample_makes_a_picture_from_a_run(run, tmp_path, monkeypatch, capsys):
 def test_sample_chooses_step_and_parameters_of_runs_only(run, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT)
     import sample
+    from kontext_jax.commands.edit_weights import open_weights
 
-    bundle = sample.open_weights(str(run), None, raw_params=True, step=3)
+    bundle = open_weights(str(run), None, raw_params=True, step=3)
     assert "full, parameters after step 3 (tiny)" in bundle.source
     flags = ["--weights", str(ROOT / "tests"), "--raw-params"]
     assert sample.main([*flags, "--prompt", "a cat"]) == 2
