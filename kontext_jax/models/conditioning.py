@@ -29,6 +29,7 @@ from kontext_jax.models.vae import VAE
 from kontext_jax.numerics import EXACT, Numerics
 from kontext_jax.ops.rope import rope_table
 from kontext_jax.pictures import latents
+from kontext_jax.runtime.programs import precise
 from kontext_jax.types import Array, Float, Latents, Params, Tokens, UInt8, typed
 
 
@@ -193,9 +194,8 @@ class Encoders:
     clip: CLIPText
 
     def precision(self):
-        """Products as precise as the dtype: left alone, accelerators round float32 inputs."""
-        exact = jnp.dtype(self.t5.dtype) == jnp.float32
-        return jax.default_matmul_precision("highest" if exact else None)
+        """Context for tracing: see `runtime.programs.precise`."""
+        return precise(self.t5.dtype)
 
 
 ENCODER_KINDS = ("vae", "t5", "clip")

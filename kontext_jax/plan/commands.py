@@ -99,9 +99,9 @@ def measure_training(
     Raises:
       ValueError: the mesh or the batch does not divide among the devices.
     """
-    program = programs.training_step(config, target, size, num_references)
+    planned = programs.training_step(config, target, size, num_references)
     question = ["step", config_tree.to_dict(config), size, num_references]
-    return make_report(program, target, measure.compile_program(program, target, cache, question))
+    return make_report(planned, target, measure.compile_program(planned, target, cache, question))
 
 
 def plan_training(args: argparse.Namespace, settings: list[tuple[str, str]]) -> int:
@@ -209,8 +209,8 @@ def measure_sampling(
         if only and stage.name not in only:
             continue
         question = ["sample", stage.name, dataclasses.asdict(request)]
-        compiled = measure.compile_program(stage.program, target, cache, question)
-        found.append((stage, make_report(stage.program, target, compiled, stage.repeats)))
+        compiled = measure.compile_program(stage.planned, target, cache, question)
+        found.append((stage, make_report(stage.planned, target, compiled, stage.repeats)))
     return found
 
 
@@ -246,11 +246,11 @@ def _print_request(
     total = 0.0
     for stage, report in found:
         if report.estimate is None:
-            table.add_row(report.program.title, str(stage.times), "", "does not fit")
+            table.add_row(report.planned.title, str(stage.times), "", "does not fit")
             continue
         total += stage.times * report.estimate.total_s
         table.add_row(
-            report.program.title + (" (in tiles, if whole it does not fit)" * stage.in_tiles),
+            report.planned.title + (" (in tiles, if whole it does not fit)" * stage.in_tiles),
             str(stage.times),
             time_text(report.estimate.total_s),
             size_text(report.peak_bytes),

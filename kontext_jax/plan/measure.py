@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kontext_jax.plan.programs import Program
+from kontext_jax.plan.programs import Planned
 from kontext_jax.plan.targets import Target
 from kontext_jax.runtime import compiler_options
 from kontext_jax.runtime.atomic import write_bytes
@@ -112,7 +112,7 @@ def default_cache() -> Cache:
 
 
 def compile_program(
-    program: Program,
+    planned: Planned,
     target: Target,
     cache: Cache,
     question: Any = None,
@@ -122,17 +122,17 @@ def compile_program(
     Args:
       question: what the program was made from, in JSON's types, to find it without tracing it.
     """
-    options = compiler_options.options(target.chip.platform, program.purpose, target.chip.name)
+    options = compiler_options.options(target.chip.platform, planned.purpose, target.chip.name)
     asked = question and _key(question, target.name, options, versions())
     if asked and (key := cache.asked(asked)) and (found := cache.read(key)):
         return found
     start = time.perf_counter()
     try:
-        lowered = program.lower()
+        lowered = planned.program.lower()
     except NotImplementedError as error:
         return Compiled(error=str(error))
     compilers = {name: v for name, v in versions().items() if name in PACKAGES}
-    key = _key(lowered.as_text(), target.name, dict(program.mesh.shape), options, compilers)
+    key = _key(lowered.as_text(), target.name, dict(planned.mesh.shape), options, compilers)
     found = cache.read(key)
     if found is None:
         found = _compile(lowered.compile, options, start)

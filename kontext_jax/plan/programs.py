@@ -4,7 +4,6 @@ The functions are those of the training loop and of the sampling stages themselv
 read: shapes follow from the preset.
 """
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -21,8 +20,10 @@ from kontext_jax.ops.attention import backend_for
 from kontext_jax.plan.targets import Target
 from kontext_jax.runtime import sharding
 from kontext_jax.runtime.compiler_options import Purpose
+from kontext_jax.runtime.programs import Program
 from kontext_jax.runtime.sharding import tree_bytes
 from kontext_jax.training.config import DISTILLATIONS, TrainConfig
+from kontext_jax.training.programs import step_program
 from kontext_jax.training.tasks.base import DTYPES, abstract_state, check_batch_size
 from kontext_jax.training.tasks.table import make_task
 from kontext_jax.training.tasks.transformer import UNTRAINED
@@ -31,38 +32,28 @@ from kontext_jax.weights.untrained import untrained_bundle
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """A function to compile for given shapes.
+class Planned:
+    """A program to compile, and what is known of it before.
 
     Attributes:
-      title: what it is, for people.
-      args: shapes with shardings.
-      jit_options: see `jax.jit`.
-      is_split: whether it is traced for the mesh; not so where one device does all.
-      precision: of float32 products, see `jax.default_matmul_precision`.
-      held: what → bytes of one device that it holds throughout, arguments of the program or not.
-      beside: those of `held` that are no arguments: other programs' weights.
-      flops: of the model itself, on all devices together; None: they are not counted.
-      images: that one run makes or learns from, on all devices together.
+      title: name of the program, for people.
+      program: the program, whose arguments are shapes with shardings.
+      mesh: devices that it runs on; a mesh of one device where one does all.
+      purpose: names the compiler's options.
+      held: name → bytes of one device that are held throughout, arguments of the program or not.
+      beside: names in `held` that are no arguments: other programs' weights.
+      flops: operations of the model itself, on all devices together; None: they are not counted.
+      images: number of images that one run makes or learns from, on all devices together.
     """
 
     title: str
-    function: Callable
-    args: tuple
+    program: Program
     mesh: Mesh
     purpose: Purpose
-    jit_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    is_split: bool = True
-    precision: str | None = None
     held: Mapping[str, float] = dataclasses.field(default_factory=dict)
     beside: tuple[str, ...] = ()
     flops: float | None = None
     images: int = 1
-
-    def lower(self) -> jax.stages.Lowered:
-        rules = sharding.activation_rules(self.mesh) if self.is_split else contextlib.nullcontext()
-        with rules, jax.default_matmul_precision(self.precision):
-            return jax.jit(self.function, **self.jit_options).lower(*self.args)
 
 
 def without_weights(config: TrainConfig, platform: str) -> TrainConfig:
@@ -93,7 +84,7 @@ def default_inputs(config: TrainConfig) -> tuple[tuple[int, int], int]:
 
 def training_step(
     config: TrainConfig, target: Target, size: tuple[int, int], num_references: int
-) -> Program:
+) -> Planned:
     """The step of `train.py` with this config, on the target's devices.
 
     Raises:
@@ -130,18 +121,12 @@ def training_step(
     width, height = size
     references = f" + {num_references} reference(s)" if num_references else ""
     parts = f" in {config.accumulate_steps} parts" if config.accumulate_steps > 1 else ""
-    return Program(
+    return Planned(
         title=f"training step, {config.batch_size} × {width}×{height}{references}{parts}, "
         f"{work.tokens // work.images} tokens, remat {config.remat}",
-        function=task.objective.step,
-        args=(state, frozen, batch, key),
+        program=step_program(task, state, frozen, batch, key, mesh, config.dtype),
         mesh=mesh,
         purpose="train",
-        jit_options={
-            "donate_argnums": 0,
-            "out_shardings": (jax.tree.map(lambda x: x.sharding, state), everywhere),
-        },
-        precision="highest" if config.dtype == "float32" else None,
         held={name: size for name, size in held.items() if size},
         beside=("encoders",),
         flops=work.flops,

@@ -17,7 +17,7 @@ import rich.table
 
 from kontext_jax.hlo import cost as hlo_cost
 from kontext_jax.plan.measure import Compiled, versions
-from kontext_jax.plan.programs import Program
+from kontext_jax.plan.programs import Planned
 from kontext_jax.plan.targets import Target
 
 GIB, MS = 2**30, 1e3
@@ -33,7 +33,7 @@ class Report:
       repeats: how often its loop of unknown length runs; sampling steps.
     """
 
-    program: Program
+    planned: Planned
     target: Target
     compiled: Compiled
     estimate: hlo_cost.Estimate | None
@@ -52,9 +52,9 @@ class Report:
 
     @property
     def limit_s(self) -> float | None:
-        if self.program.flops is None:
+        if self.planned.flops is None:
             return None
-        return self.program.flops / self.program.mesh.size / self.target.chip.bf16_flops
+        return self.planned.flops / self.planned.mesh.size / self.target.chip.bf16_flops
 
     @property
     def ratio(self) -> float | None:
@@ -66,7 +66,7 @@ class Report:
 
     @property
     def images_per_s(self) -> float | None:
-        return self.estimate and self.program.images / self.estimate.total_s
+        return self.estimate and self.planned.images / self.estimate.total_s
 
     def shares(self) -> dict[str, float]:
         """What → seconds of a run; they sum to `Estimate.total_s`."""
@@ -83,8 +83,8 @@ class Report:
         Arguments that the program does not read are in memory all the same; those that it reads
         take what the compiler says, its padding included.
         """
-        held, compiled = dict(self.program.held), self.compiled
-        arguments = sum(size for name, size in held.items() if name not in self.program.beside)
+        held, compiled = dict(self.planned.held), self.compiled
+        arguments = sum(size for name, size in held.items() if name not in self.planned.beside)
         found = held | {"temporaries": compiled.temporary_bytes}
         results = compiled.output_bytes - compiled.alias_bytes
         padding = max(compiled.argument_bytes - arguments, 0)
@@ -95,12 +95,12 @@ class Report:
     def to_json(self, num_ops: int = 20) -> dict[str, Any]:
         """Everything, in JSON's types."""
         found = {
-            "program": self.program.title,
+            "program": self.planned.title,
             "topology": self.target.name,
             "chip": self.target.chip.name,
-            "chips": self.program.mesh.size,
-            "mesh": dict(self.program.mesh.shape),
-            "images": self.program.images,
+            "chips": self.planned.mesh.size,
+            "mesh": dict(self.planned.mesh.shape),
+            "images": self.planned.images,
             "fits": self.fits,
             "peak_bytes": self.peak_bytes,
             "hbm_bytes": self.target.chip.hbm_bytes,
@@ -112,7 +112,7 @@ class Report:
             return found | {"error": self.compiled.error}
         return found | {
             "memory_bytes": self.memory(),
-            "model_flops": self.program.flops,
+            "model_flops": self.planned.flops,
             "limit_s": self.limit_s,
             "ratio": self.ratio,
             "ratio_with_collectives": self.ratio_with_collectives,
@@ -123,12 +123,12 @@ class Report:
         }
 
 
-def make_report(program: Program, target: Target, compiled: Compiled, repeats: int = 1) -> Report:
+def make_report(planned: Planned, target: Target, compiled: Compiled, repeats: int = 1) -> Report:
     found = None
     if not compiled.error:
         slice_size = target.slice_size if target.num_slices > 1 else 0
         found = hlo_cost.estimate(compiled.text, target.chip, repeats, slice_size)
-    return Report(program, target, compiled, found, repeats)
+    return Report(planned, target, compiled, found, repeats)
 
 
 def mesh_text(shape: dict[str, int]) -> str:
@@ -136,12 +136,12 @@ def mesh_text(shape: dict[str, int]) -> str:
 
 
 def print_report(console: rich.console.Console, report: Report, num_ops: int) -> None:
-    program, target = report.program, report.target
-    console.print(f"[bold]{program.title}[/bold]")
-    where = f"{program.mesh.size} × {target.chip.name}" if program.mesh.size > 1 else target.name
+    planned, target = report.planned, report.target
+    console.print(f"[bold]{planned.title}[/bold]")
+    where = f"{planned.mesh.size} × {target.chip.name}" if planned.mesh.size > 1 else target.name
     source = "found on disk" if report.compiled.from_cache else "compiled"
     console.print(
-        f"{where} ({target.name}), {mesh_text(dict(program.mesh.shape))}; {source}, "
+        f"{where} ({target.name}), {mesh_text(dict(planned.mesh.shape))}; {source}, "
         f"{report.compiled.seconds:.0f} s"
     )
     if report.estimate is None:
@@ -209,7 +209,7 @@ def _verdicts(report: Report) -> list[str]:
     fits = "[green]fits[/green]" if report.fits else "[red]does not fit[/red]"
     lines = [f"{fits}: {size_text(report.peak_bytes)} of {size_text(chip.hbm_bytes)}"]
     if report.limit_s:
-        flops = report.program.flops / report.program.mesh.size
+        flops = report.planned.flops / report.planned.mesh.size
         lines.append(
             f"{flops / 1e12:,.4g} TFLOP on each chip; {report.ratio:.2f} × the limit, "
             f"{report.ratio_with_collectives:.2f} × with what is waited for; MFU "

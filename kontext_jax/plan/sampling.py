@@ -4,7 +4,6 @@
 and places of its arguments, and zeros are what comes out.
 """
 
-import contextlib
 import dataclasses
 from typing import Any
 
@@ -20,9 +19,10 @@ from kontext_jax.models.presets import PRESETS
 from kontext_jax.models.vae import VAE
 from kontext_jax.models.vae_tiling import vae_peak_bytes
 from kontext_jax.pictures import latents
-from kontext_jax.plan.programs import Program
+from kontext_jax.plan.programs import Planned
 from kontext_jax.plan.targets import Target
 from kontext_jax.runtime import placement, sharding
+from kontext_jax.runtime.programs import Program, precision_of
 from kontext_jax.runtime.sharding import MeshConfig, tree_bytes
 from kontext_jax.sampling.stages import Stages
 from kontext_jax.sampling.warming import BlankTokenizers
@@ -63,7 +63,7 @@ class Stage:
     """One program of a request, and how often it runs in one."""
 
     name: str
-    program: Program
+    planned: Planned
     times: int = 1
     repeats: int = 1  # of its loop of unknown length
     in_tiles: bool = False  # it would not fit whole; what runs are tiles, which are not compiled
@@ -110,8 +110,8 @@ def sampling_stages(request: Request, target: Target) -> list[Stage]:
     times = {"encode": request.num_references, "decode": batch // at_once}
     repeats = {"run": request.num_steps}
     return [
-        Stage(name, program, times.get(name, 1), repeats.get(name, 1), name in stages.in_tiles)
-        for name, program in stages.programs().items()
+        Stage(name, planned, times.get(name, 1), repeats.get(name, 1), name in stages.in_tiles)
+        for name, planned in stages.programs().items()
     ]
 
 
@@ -143,22 +143,22 @@ class _PlannedStages(Stages):
         self._placement = _NoPlacement(mesh)
         self._block_form = block_form_for(target.chip.platform)
         self._tokenizers = BlankTokenizers(self.preset)
-        self._found: dict[str, Program] = {}
+        self._found: dict[str, Planned] = {}
         self.in_tiles: set[str] = set()
 
     @property
     def num_batch_parts(self) -> int:
         return self._placement.num_batch_parts
 
-    def programs(self) -> dict[str, Program]:
+    def programs(self) -> dict[str, Planned]:
         """By name, each with the weights of all networks, which stay in memory."""
         held = {NETWORK_NAMES[kind]: tree_bytes(self._load(kind)) for kind in NETWORK_NAMES}
         found = {}
-        for name, program in self._found.items():
+        for name, planned in self._found.items():
             used = {NETWORK_NAMES[kind] for kind in WEIGHTS_USED_BY[name]}
-            inputs = tree_bytes(program.args) - sum(held[network] for network in used)
+            inputs = tree_bytes(planned.program.args) - sum(held[network] for network in used)
             found[name] = dataclasses.replace(
-                program,
+                planned,
                 held=held | {"inputs": inputs},
                 beside=tuple(network for network in held if network not in used),
             )
@@ -184,7 +184,7 @@ class _PlannedStages(Stages):
         return None
 
     def _compile(self, key, make, *args, dtype: Any = None, batch_axis: int | None = None):
-        name, function = key[0], make()
+        name = key[0]
         everywhere = NamedSharding(self._mesh, PartitionSpec())
         real, is_split = placement.Placement(self._mesh), self._mesh.size > 1
 
@@ -197,23 +197,25 @@ class _PlannedStages(Stages):
         if name in ("encode", "decode") and self._needs_tiles:
             self.in_tiles.add(name)
         shapes = jax.tree.map(shape_of, args)
-        precise = (self._compute_dtype if dtype is None else dtype) == jnp.float32
-        self._found[name] = Program(
+        program = Program(
+            key,
+            make,
+            shapes,
+            out_shardings=real.split(batch_axis) if is_split else None,
+            precision=precision_of(self._compute_dtype if dtype is None else dtype),
+            mesh=self._mesh if is_split else None,
+        )
+        self._found[name] = Planned(
             title=self._title(name, args),
-            function=function,
-            args=shapes,
+            program=program,
             mesh=self._mesh,
             purpose="sample",
-            jit_options={"out_shardings": real.split(batch_axis)} if is_split else {},
-            is_split=is_split,
-            precision="highest" if precise else None,
             flops=self._flops() if name == "run" else None,
             images=self._request.batch_size,
         )
 
         def run(*args):
-            with self._placement.rules() if is_split else contextlib.nullcontext():
-                results = jax.eval_shape(function, *shapes)
+            results = program.result_shapes()
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), results)
             self._placement.remember(zeros, jax.tree.map(lambda _: real.split(batch_axis), zeros))
             return zeros

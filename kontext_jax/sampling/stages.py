@@ -37,7 +37,7 @@ from kontext_jax.runtime import compiler_options
 from kontext_jax.runtime.chips import chip_of
 from kontext_jax.runtime.placement import Placement, format_mesh
 from kontext_jax.runtime.program_files import ExecutableFiles
-from kontext_jax.runtime.programs import Executables, Timings
+from kontext_jax.runtime.programs import Executables, Program, Timings, precise, precision_of
 from kontext_jax.types import Params
 from kontext_jax.weights.bundle import Listed, ModelBundle
 
@@ -287,11 +287,11 @@ class Stages:
         return self._finite(image, "decoded picture")
 
     def _encode_tiled(self, vae: VAE, image: jax.Array, tile_px: int) -> jax.Array:
-        with _precise(vae.dtype):
+        with precise(vae.dtype):
             return encode_tiled(vae, self._load("vae"), image, tile_px)
 
     def _decode_tiled(self, vae: VAE, x: jax.Array, tile_px: int) -> np.ndarray:
-        with _precise(vae.dtype):
+        with precise(vae.dtype):
             params = self._load("vae")
             return np.concatenate([decode_tiled(vae, params, row[None], tile_px) for row in x])
 
@@ -333,10 +333,10 @@ class Stages:
           batch_axis: of its results; None for results that every device gets.
         """
         where = self._placement.split(batch_axis)
-        with _precise(self._compute_dtype if dtype is None else dtype), self._placement.rules():
-            return self._executables.get(
-                key, make, *args, out_shardings=where and (lambda _: where)
-            )
+        precision = precision_of(self._compute_dtype if dtype is None else dtype)
+        return self._executables.get(
+            Program(key, make, args, where, precision=precision, mesh=self._placement.mesh)
+        )
 
     def _check_batch(self, batch_size: int) -> None:
         parts = self._placement.num_batch_parts
@@ -356,11 +356,6 @@ class Stages:
                 f"--dtype {self.dtype} do not suit this request"
             )
         return x
-
-
-def _precise(dtype: Any):
-    """Products as precise as the dtype: left alone, accelerators round float32 inputs."""
-    return jax.default_matmul_precision("highest" if dtype == jnp.float32 else None)
 
 
 def _with_text(cond: Conditioning, text: tuple[jax.Array, jax.Array]) -> Conditioning:

@@ -12,7 +12,6 @@ nothing had happened, to the last bit where the devices compute the same.
 import contextlib
 import json
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from kontext_jax.objectives.base import mean_metrics, use_key
 from kontext_jax.runtime import compiler_options
 from kontext_jax.runtime.chips import chip_of
 from kontext_jax.runtime.processes import StopRequest
-from kontext_jax.runtime.programs import Executables
+from kontext_jax.runtime.programs import Executables, precise, precision_of
 from kontext_jax.runtime.sharding import (
     activation_rules,
     make_mesh,
@@ -40,6 +39,7 @@ from kontext_jax.training.config import TrainConfig
 from kontext_jax.training.data import Reading, held_out_batches, open_data
 from kontext_jax.training.journal import CONFIG_FILE, Journal, Profile, is_due
 from kontext_jax.training.metrics import Speed
+from kontext_jax.training.programs import evaluate_program, step_program
 from kontext_jax.training.sample_grid import first_rows, make_grid
 from kontext_jax.training.tasks.base import (
     Devices,
@@ -111,7 +111,7 @@ def train(
 
         # State: where the newest whole checkpoint left it, else from weights, else drawn.
         stack.enter_context(activation_rules(mesh))
-        stack.enter_context(_precise(config))
+        stack.enter_context(precise(config.dtype))
         speed = Speed(task.peak_flops(mesh))
         chip = chip_of(mesh.devices.flat[0].device_kind)
         programs = Executables(
@@ -119,7 +119,7 @@ def train(
             lambda *program: tell(_compiled_line(*program)),
             compiler_options.options(jax.default_backend(), "train", chip and chip.name),
         )
-        devices = Devices(mesh, _place(mesh), programs)
+        devices = Devices(mesh, _place(mesh), programs, precision_of(config.dtype))
         init_key, run_key, eval_key = _keys(config.seed, devices)
         step, state, rows = 0, None, []
         if latest is not None:
@@ -142,27 +142,13 @@ def train(
         stop = stack.enter_context(StopRequest(tell))
         profile = stack.enter_context(contextlib.closing(Profile(config, journal)))
 
-        shardings = jax.tree.map(lambda x: x.sharding, abstract)
-
-        def step_program(batch: Any) -> Callable:
-            return programs.get(
-                "step",
-                lambda: task.objective.step,
-                *(state, frozen, batch, run_key),
-                donate_argnums=0,
-                out_shardings=lambda _: (shardings, devices.everywhere),
-            )
-
         def evaluate(params: Any) -> dict[str, float]:
             """Mean metrics of the held-out examples, whose noise and times are always the same."""
             measured = []
             for index, batch in enumerate(held_out):
                 args = params, frozen, feed(batch), jax.random.fold_in(eval_key, index)
-                program = programs.get(
-                    "evaluate", lambda: task.objective.evaluate, *args,
-                    out_shardings=lambda _: devices.everywhere,
-                )  # fmt: skip
-                measured.append(jax.device_get(program(*args)))
+                program = evaluate_program(task, *args, mesh, config.dtype)
+                measured.append(jax.device_get(programs.get(program)(*args)))
             return mean_metrics(measured)
 
         def save(wait: bool) -> None:
@@ -177,7 +163,8 @@ def train(
             with speed.wait_for_data():
                 host_batch = next(batches)
             batch = feed(host_batch)
-            state, measured = step_program(batch)(state, frozen, batch, run_key)
+            args = state, frozen, batch, run_key
+            state, measured = programs.get(step_program(task, *args, mesh, config.dtype))(*args)
             step += 1
             # The step before is waited for while this one runs.
             journal.finish_running(batches.counts)
@@ -306,11 +293,6 @@ def _first_state(task: Task, devices: Devices, abstract: Any, key: jax.Array) ->
     if params is None:
         return jax.jit(task.objective.init, out_shardings=shardings)(key)
     return jax.jit(task.start, out_shardings=shardings, donate_argnums=0)(params)
-
-
-def _precise(config: TrainConfig):
-    """float32 means float32: left alone, accelerators round the inputs of products."""
-    return jax.default_matmul_precision("highest" if config.dtype == "float32" else None)
 
 
 def _rows_of_process(config: TrainConfig, mesh: Mesh) -> int:

@@ -14,6 +14,7 @@ from tpu_program import TPU
 from kontext_jax.plan import __main__ as plan
 from kontext_jax.plan import chart, commands, measure, programs, report, sampling, sweep, targets
 from kontext_jax.runtime.chips import CHIPS
+from kontext_jax.runtime.programs import Program
 from kontext_jax.runtime.sharding import MeshConfig
 from kontext_jax.terminal import load_config
 from kontext_jax.training import config as train_config
@@ -76,10 +77,10 @@ def test_inputs_are_the_largest_of_a_config():
     assert inputs("scenes_vae") == ((64, 64), 0)
 
 
-def make_program(flops=4e12, beside=("encoders",), **held) -> programs.Program:
+def make_planned(flops=4e12, beside=("encoders",), **held) -> programs.Planned:
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("fsdp",))
-    return programs.Program(
-        *("a step", lambda: None, (), mesh, "train"),
+    return programs.Planned(
+        *("a step", Program("step", lambda: lambda: None, ()), mesh, "train"),
         held=held or {"parameters": 2 * GIB, "encoders": GIB},
         beside=beside,
         flops=flops,
@@ -87,10 +88,10 @@ def make_program(flops=4e12, beside=("encoders",), **held) -> programs.Program:
     )
 
 
-def make_report(temporary=3 * GIB, error="", needed=0.0, program=None) -> report.Report:
+def make_report(temporary=3 * GIB, error="", needed=0.0, planned=None) -> report.Report:
     target = targets.Target("v5p", V5P, tuple(jax.devices()[:1]), 1)
     compiled = measure.Compiled(2 * GIB, temporary, 5, 5, 60.0, TPU, error, needed)
-    return report.make_report(program or make_program(), target, compiled)
+    return report.make_report(planned or make_planned(), target, compiled)
 
 
 def test_a_report_adds_up():
@@ -108,9 +109,9 @@ def test_a_report_adds_up():
 
 
 def test_arguments_that_a_program_does_not_read_are_in_memory_all_the_same():
-    program = make_program(parameters=7 * GIB, encoders=GIB)  # of which it reads 2
-    assert make_report(program=program).peak_bytes == 7 * GIB + 3 * GIB + GIB
-    padded = make_report(program=make_program(parameters=GIB))
+    planned = make_planned(parameters=7 * GIB, encoders=GIB)  # of which it reads 2
+    assert make_report(planned=planned).peak_bytes == 7 * GIB + 3 * GIB + GIB
+    padded = make_report(planned=make_planned(parameters=GIB))
     assert padded.memory()["padding"] == GIB
 
 
@@ -156,10 +157,10 @@ class FakeLowered:
 
 
 def compile_fake(tmp_path, lowered, question=None):
-    program = make_program()
-    object.__setattr__(program, "lower", lambda: lowered)
+    planned = make_planned()
+    object.__setattr__(planned.program, "lower", lambda: lowered)
     target = targets.Target("v5p", V5P, tuple(jax.devices()[:1]), 1)
-    return measure.compile_program(program, target, measure.Cache(tmp_path), question)
+    return measure.compile_program(planned, target, measure.Cache(tmp_path), question)
 
 
 def test_a_program_is_compiled_once(tmp_path):
@@ -206,7 +207,7 @@ def test_a_sweep_prunes_what_cannot_fit_and_ranks_the_rest():
         if choice.batch == 2:
             return make_report(error="Used 98.5G of 95.7G hbm", needed=98.5 * GIB)
         images = 8 if choice.remat == "full" else 16
-        return make_report(program=dataclasses.replace(make_program(), images=images))
+        return make_report(planned=dataclasses.replace(make_planned(), images=images))
 
     outcomes = list(sweep.sweep(wanted, measured, Console(file=io.StringIO())))
     best = sweep.ranked(outcomes)
@@ -275,10 +276,10 @@ def test_the_stages_of_a_request_are_those_that_run():
     stages = {stage.name: stage for stage in sampling.sampling_stages(request, target)}
     assert list(stages) == ["text", "encode", "prepare", "run", "decode"]
     assert (stages["encode"].times, stages["decode"].times, stages["run"].repeats) == (2, 2, 8)
-    run = stages["run"].program
+    run = stages["run"].planned
     assert set(run.beside) == {"autoencoder", "T5", "CLIP"}
-    results = jax.eval_shape(run.function, *run.args)
+    results = run.program.result_shapes()
     assert results.shape == (2, 16, 64)
     assert jax.ShapeDtypeStruct((2, 2), np.uint32) in [
-        jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(run.args)
+        jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(run.program.args)
     ]  # the seeds, for the noise of each step

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from kontext_jax.runtime.compiler_options import PURPOSES, options
-from kontext_jax.runtime.programs import Executables, Timings
+from kontext_jax.runtime.programs import Executables, Program, Timings
 
 
 def test_an_unknown_platform_or_purpose_is_refused():
@@ -35,11 +35,12 @@ def test_a_chip_replaces_options_and_an_unknown_one_does_not():
 
 def test_options_reach_the_compiler():
     x = jnp.ones(4)
+    program = Program("f", lambda: lambda x: x + 1, (x,))
     programs = Executables(Timings(), compiler_options={"xla_no_such_option": True})
     with pytest.raises(Exception, match="No such compile option: 'xla_no_such_option'"):
-        programs.get("f", lambda: lambda x: x + 1, x)
+        programs.get(program)
     programs = Executables(Timings(), compiler_options={"xla_cpu_enable_fast_math": False})
-    assert programs.get("f", lambda: lambda x: x + 1, x)(x).tolist() == [2.0] * 4
+    assert programs.get(program)(x).tolist() == [2.0] * 4
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs jax[tpu]")

@@ -11,7 +11,7 @@ import pytest
 
 from kontext_jax.runtime import program_files
 from kontext_jax.runtime.program_files import ExecutableFiles
-from kontext_jax.runtime.programs import Executables, Timings
+from kontext_jax.runtime.programs import Executables, Program, Timings
 
 
 class Pair(NamedTuple):
@@ -35,12 +35,12 @@ def start(tmp_path):
         files = ExecutableFiles(tmp_path / "programs", (Pair,), told.append)
         executables = Executables(Timings(), files=files, **options)
 
-        def run(*args, key="f"):
+        def run(*args, key="f", precision=None):
             def made():
                 traced.append(key)
                 return function
 
-            return executables.get(key, made, *args)(*args)
+            return executables.get(Program(key, made, args, precision=precision))(*args)
 
         return run, traced, told
 
@@ -84,10 +84,9 @@ def test_whatever_a_program_depends_on_makes_another_one(start, monkeypatch):
     run, traced, _ = start(compiler_options={"xla_cpu_enable_fast_math": False})
     run(TREE, 2.0)
     assert traced
-    with jax.default_matmul_precision("highest"):
-        run, traced, _ = start()
-        run(TREE, 2.0)
-        assert traced
+    run, traced, _ = start()
+    run(TREE, 2.0, precision="highest")
+    assert traced
     monkeypatch.setattr(program_files, "source_hash", lambda: "other source")
     run, traced, _ = start()
     run(TREE, 2.0)

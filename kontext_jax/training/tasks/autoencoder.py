@@ -162,9 +162,7 @@ class PictureFeed:
         def make():
             return lambda params, image: self._vae.apply({"params": params}, image)
 
-        args = params, given.image
-        program = self._devices.programs.get(
-            "sample", make, *args, out_shardings=lambda _: self._devices.everywhere
+        shown = self._devices.run(
+            "sample", make, params, given.image, out_shardings=self._devices.everywhere
         )
-        shown = program(*args)
         return [np.asarray(given.image, np.float32), np.asarray(shown, np.float32)]

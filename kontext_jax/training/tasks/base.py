@@ -5,7 +5,7 @@ everything; weights are read when the loop says where they go.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kontext_jax.objectives.base import Objective
 from kontext_jax.objectives.state import TrainState
-from kontext_jax.runtime.programs import Executables
+from kontext_jax.runtime.programs import Executables, Program
 from kontext_jax.runtime.sharding import (
     state_shardings,
 )
@@ -38,15 +38,32 @@ class Work(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """Where a task computes, and the programs compiled for it."""
+    """Where a task computes, and the programs compiled for it.
+
+    Attributes:
+      place: path and shape of a parameter → its sharding.
+      precision: precision of float32 products, see `runtime.programs.precision_of`.
+    """
 
     mesh: Mesh
-    place: Place  # path and shape of a parameter → its sharding
+    place: Place
     programs: Executables
+    precision: str | None
 
     @property
     def everywhere(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
+
+    def run(
+        self, key: Hashable, make: Callable[[], Callable], *args: Any, out_shardings: Any
+    ) -> Any:
+        """Results of `make()`, whose program is compiled at the first call.
+
+        Args:
+          key, make, out_shardings: see `runtime.programs.Program`.
+        """
+        program = Program(key, make, args, out_shardings, precision=self.precision, mesh=self.mesh)
+        return self.programs.get(program)(*args)
 
 
 class Feed(Protocol):

@@ -73,10 +73,10 @@ class TokenFeed:
     def _run(self, name: str, make, *args):
         """A program whose results are split as batches are."""
 
-        def split(function):
-            return batch_shardings(self._devices.mesh, jax.eval_shape(function, *args))
+        def split(results):
+            return batch_shardings(self._devices.mesh, results)
 
-        return self._devices.programs.get(name, make, *args, out_shardings=split)(*args)
+        return self._devices.run(name, make, *args, out_shardings=split)
 
     def sample(self, params: Params, frozen: Any, batch: Any) -> list[np.ndarray]:
         """References as the autoencoder shows them, what the network makes, and the targets."""
@@ -113,8 +113,7 @@ class TokenFeed:
                 {"params": params}, x.astype(jnp.float32), method="decode"
             ).astype(jnp.float32)
 
-        args = (self._params["vae"], x)
-        program = self._devices.programs.get(
-            "decode", make, *args, out_shardings=lambda _: self._devices.everywhere
+        where = self._devices.everywhere
+        return np.asarray(
+            self._devices.run("decode", make, self._params["vae"], x, out_shardings=where)
         )
-        return np.asarray(program(*args))
