@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from encode_helpers import contents, run, text_of, write_pairs
 
-import convert_weights.runs
+import convert_weights.open
 from kontext_jax.data.encoded.batches import CachedBatches, EncodedCache
 from kontext_jax.data.encoded.records import CacheError, ShardWriter, shard_paths
 from kontext_jax.flow.samplers import initial_noise
@@ -44,7 +44,7 @@ def hand_networks():
     with pytest.MonkeyPatch.context() as patch:
         encode_helpers.use_hand_encoders(patch.setattr)
         patch.setattr(synthesize, "Stages", HandStages)
-        patch.setattr(convert_weights.runs, "open_weights", lambda path, complete: bundle)
+        patch.setattr(convert_weights.open, "open_weights", lambda path, complete: bundle)
         yield
 
 
