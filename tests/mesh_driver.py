@@ -25,6 +25,7 @@ from kontext_jax.flow.samplers import euler_sample
 from kontext_jax.hlo.collectives import collectives
 from kontext_jax.models import mmdit, token_layout
 from kontext_jax.models.mmdit import MMDiT, init_params, make_velocity_fn
+from kontext_jax.models.parameter_sharding import state_shardings
 from kontext_jax.models.presets import MMDiTConfig
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig, make_flow_matching
 from kontext_jax.objectives.state import make_train_state
@@ -39,7 +40,6 @@ from kontext_jax.runtime.sharding import (
     batch_shardings,
     make_mesh,
     shard_batch,
-    state_shardings,
 )
 
 CONFIG = MMDiTConfig(

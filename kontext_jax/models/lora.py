@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kontext_jax.models.parameter_axes import kernel_axes
 from kontext_jax.trees import flatten, unflatten
 from kontext_jax.types import Params
 
@@ -88,16 +89,6 @@ def targeted_modules(targets: Iterable[str], params: Params) -> list[str]:
     return [module for module in modules if module in chosen]
 
 
-def _num_in_axes(module: str) -> int:
-    """Contracted axes of a kernel: those behind a stack's axis and before the output's."""
-    name = module.rpartition("/")[2]
-    return 2 if name in ("proj", "attn_out") else 1
-
-
-def _is_stacked(module: str) -> bool:
-    return module.startswith(("double_", "single_"))
-
-
 def init_lora(config: LoraConfig, params: Params, key: jax.Array) -> Params:
     """Fresh float32 adapters: a from N(0, 1/rank²) as diffusers' script draws it, b zero.
 
@@ -106,9 +97,9 @@ def init_lora(config: LoraConfig, params: Params, key: jax.Array) -> Params:
     """
     shapes, leaves = linear_modules(params), {}
     for index, module in enumerate(targeted_modules(config.targets, params)):
-        shape = shapes[module]
-        stack = shape[:1] if _is_stacked(module) else ()
-        split = len(stack) + _num_in_axes(module)
+        shape, axes = shapes[module], kernel_axes(module)
+        stack = shape[: len(axes.stack)]
+        split = len(stack) + len(axes.inputs)
         a_shape = (*shape[:split], config.rank)
         a = jax.random.normal(jax.random.fold_in(key, index), a_shape, jnp.float32)
         leaves[f"{module}/a"] = a / config.rank
@@ -127,7 +118,7 @@ def scaled(lora: Params, alpha: float) -> Params:
 
 
 def _rank(path: str, b: jax.Array) -> int:
-    return b.shape[1 if _is_stacked(path) else 0]
+    return b.shape[len(kernel_axes(path.removesuffix("/b")).stack)]
 
 
 def merge(params: Params, lora: Params, alpha: float, scale: float = 1.0) -> Params:
@@ -147,7 +138,7 @@ def merge(params: Params, lora: Params, alpha: float, scale: float = 1.0) -> Par
         if f"{module}/kernel" not in leaves:
             raise ValueError(f"the adapter of {module} fits no kernel of these parameters")
         kernel, b = leaves[f"{module}/kernel"], factors[f"{module}/b"]
-        stack = kernel.shape[:1] if _is_stacked(module) else ()
+        stack = kernel.shape[: len(kernel_axes(module).stack)]
         rank = a.shape[-1]
         a = a.astype(jnp.float32).reshape(*stack, -1, rank)
         b = b.astype(jnp.float32).reshape(*stack, rank, -1) * (scale * alpha / rank)

@@ -33,6 +33,7 @@ from kontext_jax.models.layers import (
     scale_time,
     timestep_embedding,
 )
+from kontext_jax.models.parameter_axes import BLOCK_STACKS
 from kontext_jax.models.presets import MMDiTConfig
 from kontext_jax.models.token_layout import TokenLayout, attend
 from kontext_jax.numerics import EXACT, Numerics
@@ -41,7 +42,6 @@ from kontext_jax.ops.rope import Rotation, full_width, rotate, scaled
 from kontext_jax.runtime.sharding import constrain
 from kontext_jax.types import Params, VelocityFn
 
-BLOCK_STACKS = ("double_blocks", "single_blocks")
 Remat = Literal["none", "full", "save_attention", "save_outputs", "save_qkv", "save_products"]
 
 # Policy → the products of a block that are kept for the backward pass besides the block's input.

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kontext_jax.data.buckets import bucket_sizes
 from kontext_jax.models import conditioning
+from kontext_jax.models.parameter_sharding import state_shardings
 from kontext_jax.models.presets import PRESETS, Preset
 from kontext_jax.ops.attention import backend_for
 from kontext_jax.plan.targets import Target
@@ -98,7 +99,7 @@ def training_step(
         preset = _unguided(preset)  # what it starts from, and its teacher
     task = make_task(ready, lambda path: untrained_bundle(preset))
     state = abstract_state(task, mesh)
-    frozen = _placed(mesh, task.frozen_shapes(), sharding.state_shardings)
+    frozen = _placed(mesh, task.frozen_shapes(), state_shardings)
     batch = _placed(
         mesh,
         task.abstract_batch(config.batch_size, size, num_references),
@@ -153,7 +154,7 @@ def _encoder_bytes(config: TrainConfig, mesh: Mesh) -> float:
     stored = {kind: dtype for kind in conditioning.ENCODER_KINDS} | {"vae": jnp.float32}
     return tree_bytes(
         {
-            kind: _placed(mesh, network_shapes(preset, kind, dtype), sharding.state_shardings)
+            kind: _placed(mesh, network_shapes(preset, kind, dtype), state_shardings)
             for kind, dtype in stored.items()
         }
     )

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kontext_jax.flow.names import Sampler
 from kontext_jax.models.flops import mmdit_flops
 from kontext_jax.models.mmdit import block_form_for, unstacked
+from kontext_jax.models.parameter_sharding import state_shardings
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.models.vae import VAE
 from kontext_jax.models.vae_tiling import vae_peak_bytes
@@ -173,7 +174,7 @@ class _PlannedStages(Stages):
             self._params[kind] = jax.tree.map(
                 lambda x, where: jax.ShapeDtypeStruct(x.shape, dtype, sharding=where),
                 shapes,
-                sharding.state_shardings(self._mesh, shapes),
+                state_shardings(self._mesh, shapes),
             )
         return self._params[kind]
 

@@ -5,14 +5,14 @@
     context   one picture: its tokens are split, each device holds all weights
     tensor    one picture: heads and MLP channels are split, and with them the weights
 
-The text encoders lie as `PARAMETER_AXES` says, split over fsdp and tensor; the autoencoder is
-copied to every device.
+The text encoders are split over fsdp and tensor; the autoencoder is copied to every device
+(models/parameter_sharding.py).
 """
 
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -79,7 +79,7 @@ def format_mesh(sizes: Mapping[str, int]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where weights, batches and results lie; nothing is said of them without a mesh."""
+    """Shardings of batches and results on a mesh; without a mesh there are none."""
 
     mesh: Mesh | None = None
 
@@ -89,28 +89,20 @@ class Placement:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """As `parse_mesh` reads them."""
+        """Sizes of the mesh by axis, in the form of `parse_mesh`."""
         if self.mesh is None:
             return {}
         by_name = zip(MESH_NAMES, (self.mesh.shape[axis] for axis in sharding.AXES), strict=True)
         return {name: size for name, size in by_name if size > 1}
 
-    @property
-    def weights(self) -> Callable[[str, tuple[int, ...]], NamedSharding] | None:
-        """Path and shape of a parameter → its sharding, for loading."""
-        if self.mesh is None:
-            return None
-        mesh = self.mesh
-        return lambda path, shape: NamedSharding(mesh, sharding.parameter_spec(mesh, path, shape))
-
     def rules(self) -> contextlib.AbstractContextManager:
-        """Around tracing."""
+        """Context in which programs for this mesh are traced."""
         if self.mesh is None:
             return contextlib.nullcontext()
         return sharding.activation_rules(self.mesh)
 
     def split(self, axis: int | None = 0) -> NamedSharding | None:
-        """Of arrays whose batch is on this axis; None: arrays that every device has."""
+        """Sharding that splits `axis` over the batch devices; None replicates."""
         if self.mesh is None:
             return None
         spec = () if axis is None else (None,) * axis + (BATCH_AXES,)

@@ -6,20 +6,14 @@
     context  the tokens of each example are split; parameters are copied
     tensor   heads and MLP channels are split; between products, tokens
 
-Axes of arrays have logical names, and two tables hold all decisions: `PARAMETER_AXES` names the
-axes of a parameter by its path, `MESH_AXES` says where a logical axis lies. Models name the axes of
-activations with `constrain`, which does nothing outside `activation_rules`. Attention needs whole
-tokens and has the heads split over `context` instead (`attention_specs`).
-
-Optimizer moments and EMA copies follow their parameter, since a path is matched at its end. Where
-an axis is not divisible by its part of the mesh, a parameter below `SMALL_PARAMETER` elements is
-copied along it; a larger one moves that part of the mesh to the last of its other axes that is
-divisible, and without one it is an error.
+Axes of arrays have logical names, and `MESH_AXES` says over which axes of the mesh each name is
+split. Models name the axes of activations with `constrain`, which does nothing outside
+`activation_rules`; the axes of parameters are named by their path (models/parameter_axes.py).
+Attention needs whole tokens and has the heads split over `context` instead (`attention_specs`).
 """
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +24,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("slice", "data", "fsdp", "context", "tensor")
 BATCH_AXES = ("slice", "data", "fsdp")
-SMALL_PARAMETER = 2**20  # elements
 
 # Logical axis → mesh axes it lies over. An axis of a mesh that lacks them is not split.
 MESH_AXES: dict[str, tuple[str, ...]] = {
@@ -54,54 +47,6 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
     "features": (),
     "rank": (),
 }
-
-# End of a parameter's path → logical names of its axes; () is copied to every device. First match.
-PARAMETER_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    # MMDiT
-    (r"(img|txt)_in/kernel", ("features", "embed")),
-    (r"(time|guidance|vector)_in/in_layer/kernel", ("features", "embed")),
-    (r"(time|guidance|vector)_in/out_layer/kernel", ("embed", "width")),
-    (r"(double_mod/(img|txt)|single_mod)/kernel", ("layers", "embed", "chunks", "modulated")),
-    (r"final_mod/kernel", ("embed", "chunks", "modulated")),
-    (
-        r"(double_blocks/(img|txt)_attn|single_blocks)/[qkv]/kernel",
-        ("layers", "embed", "heads", "head_dim"),
-    ),
-    (r"(double_blocks/(img|txt)_attn|single_blocks)/[qkv]/bias", ("layers", "heads", "head_dim")),
-    (r"double_blocks/(img|txt)_attn/proj/kernel", ("layers", "heads", "head_dim", "embed")),
-    (r"single_blocks/attn_out/kernel", ("layers", "heads", "head_dim", "embed")),
-    (
-        r"(double_blocks/(img|txt)_mlp/in_layer|single_blocks/mlp_in)/kernel",
-        ("layers", "embed", "mlp"),
-    ),
-    (r"(double_blocks/(img|txt)_mlp/in_layer|single_blocks/mlp_in)/bias", ("layers", "mlp")),
-    (
-        r"(double_blocks/(img|txt)_mlp/out_layer|single_blocks/mlp_out)/kernel",
-        ("layers", "mlp", "embed"),
-    ),
-    (r"final_layer/kernel", ("embed", "features")),
-    # T5
-    (r"shared/embedding", ("features", "embed")),
-    (r"blocks/[qkv]/kernel", ("layers", "embed", "heads", "head_dim")),
-    (r"blocks/o/kernel", ("layers", "heads", "head_dim", "embed")),
-    (r"blocks/wi_[01]/kernel", ("layers", "embed", "mlp")),
-    (r"blocks/wo/kernel", ("layers", "mlp", "embed")),
-    (r"relative_attention_bias/embedding", ()),
-    # CLIP and the autoencoder are small (0.12 and 0.08 billion): gathering them would cost more
-    # than it saves.
-    (r"(token_embedding|position_embedding)/embedding", ()),
-    (r"blocks/([qkv]_proj|out_proj|fc1|fc2)/(kernel|bias)", ()),
-    (r"(encoder|decoder)/.*(kernel|bias|scale)", ()),
-    # So are discriminators and the perceptual networks.
-    (r"(conv_\d+|head_\d+/project)/kernel", ()),
-    # Other biases and scales of norms: a few million in all, and a gather for each would be slow.
-    (r"(bias|scale)", ()),
-)
-_PARAMETER_PATTERNS = tuple(
-    (re.compile(rf"(?:^|.*/){pattern}$"), axes) for pattern, axes in PARAMETER_AXES
-)
-# "single_blocks/3/q/kernel" is one layer of "single_blocks/q/kernel" (`models.block_stack`).
-_LAYER_OF_A_LIST = re.compile(r"(double_blocks|single_blocks)/\d+/")
 
 # Fields of a batch that every example shares: name → rank of the shared form.
 SHARED_FIELDS = {"pe": 3, "null_txt": 2, "null_vec": 1}
@@ -183,14 +128,18 @@ def activation_rules(mesh: Mesh):
     return jax.set_mesh(mesh)
 
 
-def _mesh_axes(mesh: Mesh, name: str) -> tuple[str, ...]:
-    """The mesh axes over which a logical axis should lie."""
+def mesh_axes(mesh: Mesh, name: str) -> tuple[str, ...]:
+    """Axes of the mesh over which a logical axis should be split; those of size 1 are left out."""
     return tuple(axis for axis in MESH_AXES[name] if mesh.shape.get(axis, 1) > 1)
 
 
-def _split(mesh: Mesh, name: str | None, size: int) -> tuple[str, ...]:
-    """The mesh axes for a logical axis of this size: the longest leading part that divides it."""
-    axes = _mesh_axes(mesh, name) if name else ()
+def split_axis(mesh: Mesh, name: str | None, size: int) -> tuple[str, ...]:
+    """Axes of the mesh that split a logical axis of `size`: the longest leading part that divides.
+
+    Args:
+      name: the logical axis; None is never split.
+    """
+    axes = mesh_axes(mesh, name) if name else ()
     while axes and size % math.prod(mesh.shape[a] for a in axes):
         axes = axes[:-1]
     return axes
@@ -208,7 +157,7 @@ def activation_spec(shape: Sequence[int], names: Sequence[str | None]) -> Partit
     if len(shape) != len(names):
         raise ValueError(f"{len(names)} logical axes {tuple(names)} for an array of shape {shape}")
     return PartitionSpec(
-        *(_split(mesh, name, size) or None for name, size in zip(names, shape, strict=True))
+        *(split_axis(mesh, name, size) or None for name, size in zip(names, shape, strict=True))
     )
 
 
@@ -239,13 +188,13 @@ def attention_specs(
 def attends_by_heads(num_heads: int) -> bool:
     """Whether attention splits its heads over the active mesh's `context`, not its queries."""
     mesh = jax.sharding.get_abstract_mesh()
-    return _split(mesh, "attended_heads", num_heads) == _mesh_axes(mesh, "attended_heads")
+    return split_axis(mesh, "attended_heads", num_heads) == mesh_axes(mesh, "attended_heads")
 
 
 def num_parts(name: str) -> int:
     """Into how many parts the mesh that is active while tracing should split a logical axis."""
     mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[axis] for axis in _mesh_axes(mesh, name))
+    return math.prod(mesh.shape[axis] for axis in mesh_axes(mesh, name))
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -253,85 +202,6 @@ def path_name(path: Sequence[Any]) -> str:
     return "/".join(
         str(next(getattr(key, k) for k in ("key", "name", "idx") if hasattr(key, k)))
         for key in path
-    )
-
-
-def parameter_axes(path: str) -> tuple[str, ...] | None:
-    """Logical axes of the parameter at the end of a path, () if it is copied, None if unknown."""
-    stacked = _LAYER_OF_A_LIST.sub(r"\1/", path)
-    axes = next((axes for pattern, axes in _PARAMETER_PATTERNS if pattern.match(stacked)), None)
-    return axes[1:] if axes and stacked != path else axes
-
-
-def _adapter_axes(path: str, num_axes: int) -> tuple[str, ...] | None:
-    """Logical axes of a kernel's low-rank adapter: a [N?, *in, rank] or b [N?, rank, *out]."""
-    module, _, name = path.rpartition("/")
-    kernel = parameter_axes(f"{module}/kernel") if name in ("a", "b") else None
-    if not kernel:
-        return kernel
-    if name == "a":
-        return (*kernel[: num_axes - 1], "rank")
-    stack = kernel[:1] if kernel[0] == "layers" else ()
-    return (*stack, "rank", *kernel[len(kernel) - (num_axes - len(stack) - 1) :])
-
-
-def parameter_spec(mesh: Mesh, path: str, shape: Sequence[int]) -> PartitionSpec:
-    """Where a parameter, or anything that has its path and shape, lies.
-
-    Raises:
-      ValueError: for a large array that no rule names, or that cannot be split as its rule says.
-    """
-    names = parameter_axes(path)
-    is_adapter = names is None
-    if is_adapter:
-        names = _adapter_axes(path, len(shape))
-    is_small = math.prod(shape) < SMALL_PARAMETER
-    if names is None or (names and len(names) != len(shape)):
-        if is_small:
-            return PartitionSpec()
-        rule = "no rule" if names is None else f"the rule {names}"
-        raise ValueError(
-            f"{path} with shape {tuple(shape)} matches {rule} of PARAMETER_AXES in "
-            "kontext_jax/runtime/sharding.py; add one that names its axes, or () to copy "
-            "it everywhere"
-        )
-    spec = [_split(mesh, name, size) for name, size in zip(names, shape, strict=False)]
-
-    def free(parts: int) -> list[int]:
-        return [i for i, size in enumerate(shape) if not spec[i] and size % parts == 0]
-
-    for name in names:
-        wanted = _mesh_axes(mesh, name)
-        if is_small or not wanted or any(set(wanted) <= set(axes) for axes in spec):
-            continue
-        parts = math.prod(mesh.shape[a] for a in wanted)
-        if not (others := free(parts)):
-            raise ValueError(
-                f"{path} with shape {tuple(shape)} has no free axis that is divisible by "
-                f"{' × '.join(wanted)} = {parts}; change --config.mesh.{wanted[-1]}"
-            )
-        spec[others[-1]] = wanted
-    if is_adapter and "embed" not in names and mesh.shape.get("fsdp", 1) > 1:
-        # One of the two factors has no axis over fsdp, since the kernel's only one is the other's.
-        wide = [i for i in free(mesh.shape["fsdp"]) if names[i] not in ("layers", "rank")]
-        if wide:
-            spec[wide[-1]] = ("fsdp",)
-    return PartitionSpec(*(axes or None for axes in spec))
-
-
-def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
-    """A NamedSharding for each leaf of a tree that contains trees of parameters.
-
-    Args:
-      abstract_state: anything with shapes: parameters of any network, or a training state, whose
-        optimizer moments and EMA follow their parameter. Scalars and small unknowns are copied.
-
-    Raises:
-      ValueError: as `parameter_spec`.
-    """
-    return jax.tree.map_with_path(
-        lambda path, leaf: NamedSharding(mesh, parameter_spec(mesh, path_name(path), leaf.shape)),
-        abstract_state,
     )
 
 

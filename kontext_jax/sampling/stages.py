@@ -20,13 +20,14 @@ from kontext_jax.flow.samplers import guided_velocity_fn, make_sampler, seed_wor
 from kontext_jax.models import conditioning
 from kontext_jax.models.clip import CLIPText
 from kontext_jax.models.mmdit import (
-    BLOCK_STACKS,
     MMDiT,
     ModulationVectors,
     block_form_for,
     make_velocity_fn,
     prepare_steps,
 )
+from kontext_jax.models.parameter_axes import BLOCK_STACKS
+from kontext_jax.models.parameter_sharding import place_on
 from kontext_jax.models.t5 import T5Encoder
 from kontext_jax.models.tokenizing import Tokenizers
 from kontext_jax.models.vae import VAE
@@ -314,7 +315,8 @@ class Stages:
         if kind not in self._params:
             # The autoencoder is small and kept exact; each request's numerics cast it.
             dtype = jnp.float32 if kind == "vae" else self._compute_dtype
-            device = self._placement.weights
+            mesh = self._placement.mesh
+            device = None if mesh is None else place_on(mesh)
             if kind == "mmdit" and self._block_form == "list":
                 device = Listed(BLOCK_STACKS, device)
             with self.timings.measure("load"):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kontext_jax.models.mmdit import unstacked
+from kontext_jax.models.parameter_sharding import place_on
 from kontext_jax.models.presets import Preset
 from kontext_jax.models.tokenizing import TextIds
 from kontext_jax.models.vae import VAE
@@ -71,7 +72,8 @@ class WarmingPipeline(Pipeline):
             if kind == "mmdit" and self._block_form == "list":
                 shapes = jax.eval_shape(unstacked, shapes)
             dtype = jnp.float32 if kind == "vae" else self._compute_dtype
-            place = self._placement.weights
+            mesh = self._placement.mesh
+            place = None if mesh is None else place_on(mesh)
 
             def shape(path, x):
                 where = place and place(sharding.path_name(path), x.shape)

@@ -16,8 +16,9 @@ from typing import Any
 
 import jax
 from etils import epath
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
+from kontext_jax.models.parameter_sharding import place_on
 from kontext_jax.objectives.base import mean_metrics, use_key
 from kontext_jax.runtime import compiler_options
 from kontext_jax.runtime.chips import chip_of
@@ -27,7 +28,6 @@ from kontext_jax.runtime.sharding import (
     activation_rules,
     make_mesh,
     num_batch_shards,
-    parameter_spec,
     process_share,
     tree_bytes,
 )
@@ -50,7 +50,6 @@ from kontext_jax.training.tasks.base import (
     check_batch_size,
 )
 from kontext_jax.training.tasks.table import make_task
-from kontext_jax.weights.bundle import Place
 
 CHECKPOINTS, INDEX = "checkpoints", "data_index"
 
@@ -119,7 +118,7 @@ def train(
             lambda *program: tell(_compiled_line(*program)),
             compiler_options.options(jax.default_backend(), "train", chip and chip.name),
         )
-        devices = Devices(mesh, _place(mesh), programs, precision_of(config.dtype))
+        devices = Devices(mesh, place_on(mesh), programs, precision_of(config.dtype))
         init_key, run_key, eval_key = _keys(config.seed, devices)
         step, state, rows = 0, None, []
         if latest is not None:
@@ -272,10 +271,6 @@ def check_same_run(run: epath.Path, config: TrainConfig) -> None:
             f"{run} was begun with other settings (- then, + now):\n  " + "\n  ".join(lines)
             + "\nset them back to go on, or begin a new run with another --workdir"
         )  # fmt: skip
-
-
-def _place(mesh: Mesh) -> Place:
-    return lambda path, shape: NamedSharding(mesh, parameter_spec(mesh, path, shape))
 
 
 def _keys(seed: int, devices: Devices) -> list[jax.Array]:

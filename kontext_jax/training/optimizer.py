@@ -9,7 +9,6 @@ n counts updates; steps that were skipped are not among them.
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -18,22 +17,13 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from kontext_jax.models.parameter_axes import BLOCK_STACKS, parameter_axes
 from kontext_jax.types import Params
 
 Name = Literal["adamw", "muon"]
 Schedule = Literal["constant", "linear", "cosine"]
 DecayOn = Literal["all", "matrices"]
 
-_MUON_RULES = (
-    # Path of a stacked kernel → its input and output axes; axis 0 is the layer. Heads and their
-    # channels are one side of a matrix, as in the published q, k, v and proj.
-    (r"(double|single)_blocks/(.*/)?[qkv]/kernel", MuonDimensionNumbers((1,), (2, 3))),
-    (r"(double|single)_blocks/(.*/)?(proj|attn_out)/kernel", MuonDimensionNumbers((1, 2), (3,))),
-    (
-        r"(double|single)_blocks/(.*/)?(in_layer|out_layer|mlp_in|mlp_out)/kernel",
-        MuonDimensionNumbers((1,), (2,)),
-    ),
-)
 _NOT_MATRICES = ("bias", "scale")
 
 
@@ -189,21 +179,27 @@ def _is_matrix(params: Params) -> Params:
     )
 
 
-def _rule_of(path: tuple) -> MuonDimensionNumbers | None:
-    for pattern, dimensions in _MUON_RULES:
-        if re.fullmatch(pattern, _name(path)):
-            return dimensions
-    return None
+def matrix_axes(path: str) -> MuonDimensionNumbers | None:
+    """Input and output axes of a hidden matrix of the blocks; None for all other parameters.
+
+    Heads and their channels are one side of a matrix, as in the published q, k, v and proj.
+    """
+    axes = parameter_axes(path) if path.split("/")[0] in BLOCK_STACKS else None
+    if axes is None or not axes.inputs:
+        return None
+    first, num_axes = len(axes.stack), len(axes.names)
+    split = first + len(axes.inputs)
+    return MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, num_axes)))
 
 
 def _muon_dimensions(updates: Any) -> Any:
     """Input and output axes of each matrix; `updates` holds no others."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: _rule_of(path), updates)
+    return jax.tree_util.tree_map_with_path(lambda path, _: matrix_axes(_name(path)), updates)
 
 
 def _muon_labels(params: Params) -> Params:
     labels = jax.tree_util.tree_map_with_path(
-        lambda path, _: "adamw" if _rule_of(path) is None else "muon", params
+        lambda path, _: "adamw" if matrix_axes(_name(path)) is None else "muon", params
     )
     if "muon" not in jax.tree.leaves(labels):
         raise ValueError(
@@ -218,7 +214,7 @@ def _scale_to_adam(updates: Any, params: Any) -> Any:
     del params
 
     def scale(path, update):
-        dimensions = _rule_of(path)
+        dimensions = matrix_axes(_name(path))
         sides = (
             math.prod(update.shape[axis] for axis in axes)
             for axes in (dimensions.reduction_axis, dimensions.output_axis)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from kontext_jax.models.parameter_axes import kernel_axes
 from kontext_jax.trees import flatten
 from kontext_jax.weights.bundle import NO_EDITS, AppliedAdapter, Component, Edits, ModelBundle
 
@@ -110,11 +111,11 @@ def adapter_from_tree(lora: Mapping[str, Any], alpha: float, name: str) -> Adapt
             continue
         a, b = leaves[path], leaves[f"{module}/b"]
         factor = alpha / a.shape[-1]
-        if a.ndim == 2:  # outside the stacks every module contracts one axis
-            low_rank[module, None] = LowRank(a, b, factor)
-        else:
+        if kernel_axes(module).stack:
             for layer in range(len(a)):
                 low_rank[module, layer] = LowRank(a[layer], b[layer], factor)
+        else:
+            low_rank[module, None] = LowRank(a, b, factor)
     return Adapter(name, digest.hexdigest(), {"mmdit": Changes(low_rank)})
 
 

@@ -7,10 +7,10 @@ import pytest
 
 from kontext_jax.batches import Conditioning
 from kontext_jax.models import lora
-from kontext_jax.models.mmdit import BLOCK_STACKS, MMDiT, init_params, make_velocity_fn, unstacked
+from kontext_jax.models.mmdit import MMDiT, init_params, make_velocity_fn, unstacked
+from kontext_jax.models.parameter_axes import BLOCK_STACKS, COPIED, parameter_axes
 from kontext_jax.models.presets import MMDiTConfig
 from kontext_jax.ops.rope import rope_table
-from kontext_jax.runtime import sharding
 from kontext_jax.sampling import stages
 from kontext_jax.weights.bundle import Listed
 from kontext_jax.weights.untrained import untrained_bundle
@@ -89,10 +89,10 @@ def test_weights_can_be_loaded_as_a_list_and_each_layer_is_asked_where_it_goes()
 def test_a_layer_of_a_list_lies_like_a_layer_of_the_stack():
     for path in ("double_blocks/img_attn/q/kernel", "single_blocks/mlp_out/kernel"):
         stack, rest = path.split("/", 1)
-        layers, *others = sharding.parameter_axes(path)
-        assert layers == "layers"
-        assert sharding.parameter_axes(f"{stack}/11/{rest}") == tuple(others)
-    assert sharding.parameter_axes("single_blocks/3/query_norm/scale") == ()
+        axes = parameter_axes(path)
+        assert axes.stack == ("layers",)
+        assert parameter_axes(f"{stack}/11/{rest}") == axes._replace(stack=())
+    assert parameter_axes("single_blocks/3/query_norm/scale") == COPIED
 
 
 def test_an_unknown_form_is_refused(setting):

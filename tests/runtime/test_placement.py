@@ -56,7 +56,7 @@ def test_too_few_devices_are_told_with_what_to_do():
 def test_without_a_mesh_nothing_is_placed():
     placement, batch = Placement(), {"x": np.ones(3)}
     assert placement.place(batch) is batch
-    assert (placement.weights, placement.split(), placement.num_batch_parts) == (None, None, 1)
+    assert (placement.split(), placement.num_batch_parts) == (None, 1)
 
 
 def test_a_mesh_places_weights_batches_and_results():
@@ -64,7 +64,6 @@ def test_a_mesh_places_weights_batches_and_results():
     assert placement.sizes == {} and placement.num_batch_parts == 1
     assert placement.split(1).spec == PartitionSpec(None, ("slice", "data", "fsdp"))
     assert placement.split(None).spec == PartitionSpec()
-    assert placement.weights("img_in/kernel", (64, 64)).mesh == placement.mesh
     placed = placement.place({"x": np.ones((2, 3)), "pe": np.ones((2, 4, 5))})
     assert placed["pe"].sharding.spec == PartitionSpec()
     assert placed["x"].sharding.spec == placement.split().spec

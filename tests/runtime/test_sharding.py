@@ -1,10 +1,8 @@
 """Where arrays lie on a mesh, and that a mesh changes nothing but that."""
 
 import collections
-import functools
 import importlib.util
 import json
-import math
 import os
 import subprocess
 import sys
@@ -14,20 +12,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from kontext_jax.batches import TokenBatch
-from kontext_jax.models.lora import LoraConfig, init_lora
-from kontext_jax.models.presets import CONFIG_CLASSES, PRESETS
-from kontext_jax.objectives.state import make_train_state
 from kontext_jax.runtime import sharding
 from kontext_jax.runtime.sharding import MeshConfig
 from kontext_jax.training import config_tree
 from kontext_jax.training.checkpoints import config_difference
-from kontext_jax.training.optimizer import OptimizerConfig, make_optimizer
-from kontext_jax.weights.bundle import parameter_shapes
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,91 +27,6 @@ ROOT = Path(__file__).parents[2]
 def abstract_mesh(**sizes):
     shape = tuple(sizes.get(axis, 1) for axis in sharding.AXES)
     return AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * len(shape))
-
-
-def elements_per_device(mesh, shapes) -> int:
-    places = sharding.state_shardings(mesh, shapes)
-    sizes = jax.tree.map(lambda x, place: math.prod(place.shard_shape(x.shape)), shapes, places)
-    return sum(jax.tree.leaves(sizes))
-
-
-@pytest.mark.parametrize("kind", CONFIG_CLASSES)
-@pytest.mark.parametrize("preset", ["kontext-dev", "tiny"])
-def test_every_parameter_of_every_network_has_a_rule(kind, preset):
-    shapes = parameter_shapes(kind, getattr(PRESETS[preset], kind))
-    for path, leaf in jax.tree.leaves_with_path(shapes):
-        axes = sharding.parameter_axes(sharding.path_name(path))
-        assert axes is not None, sharding.path_name(path)
-        assert len(axes) in (0, leaf.ndim), sharding.path_name(path)
-
-
-@pytest.mark.parametrize(("kind", "slack"), [("mmdit", 0.02), ("t5", 0.05)])
-def test_large_networks_are_split_over_fsdp_and_tensor(kind, slack):
-    shapes = parameter_shapes(kind, getattr(PRESETS["kontext-dev"], kind))
-    total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    for sizes in ({"fsdp": 16}, {"data": 2, "fsdp": 32}, {"fsdp": 64}):
-        held = elements_per_device(abstract_mesh(**sizes), shapes)
-        assert total / sizes["fsdp"] <= held < (1 + slack) * total / sizes["fsdp"], sizes
-    split = elements_per_device(abstract_mesh(fsdp=8, tensor=8), shapes)
-    assert split < 1.2 * total / 64  # embeddings of the inputs are not split over tensor
-
-
-def test_small_frozen_networks_are_copied():
-    for kind in ("vae", "clip"):
-        shapes = parameter_shapes(kind, getattr(PRESETS["kontext-dev"], kind))
-        total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-        assert elements_per_device(abstract_mesh(fsdp=16, tensor=4), shapes) == total
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_moments_and_averages_follow_their_parameter(optimizer):
-    mesh = abstract_mesh(fsdp=8, tensor=2)
-    shapes = parameter_shapes("mmdit", PRESETS["kontext-dev"].mmdit)
-    transform = make_optimizer(OptimizerConfig(name=optimizer), num_steps=10)
-    state = jax.eval_shape(
-        functools.partial(make_train_state, optimizer=transform, with_ema=True), shapes
-    )
-    by_path = {
-        sharding.path_name(path): place.spec
-        for path, place in jax.tree.leaves_with_path(sharding.state_shardings(mesh, state))
-    }
-    for path, leaf in jax.tree.leaves_with_path(shapes):
-        name, places = sharding.path_name(path), set()
-        copies = [spec for key, spec in by_path.items() if key.endswith("/" + name)]
-        assert len(copies) >= 3, name  # parameter, average, one moment or two
-        places = set(copies)
-        assert len(places) == 1, (name, places)
-        if leaf.size > 2**24:
-            assert "fsdp" in str(places), name
-    assert by_path["step"] == PartitionSpec()
-
-
-def test_adapters_are_split_along_the_wide_axis():
-    mesh = abstract_mesh(fsdp=8)
-    shapes = parameter_shapes("mmdit", PRESETS["kontext-dev"].mmdit)
-    adapters = jax.eval_shape(lambda: init_lora(LoraConfig(rank=16), shapes, jax.random.key(0)))
-    total = sum(leaf.size for leaf in jax.tree.leaves(adapters))
-    assert elements_per_device(mesh, adapters) < 0.2 * total
-
-
-def test_an_axis_that_does_not_divide():
-    mesh = abstract_mesh(fsdp=7)
-    spec = functools.partial(sharding.parameter_spec, mesh, "single_blocks/mlp_in/kernel")
-    assert spec((2, 32, 128)) == PartitionSpec(None, None, None)  # small: copied
-    assert spec((2, 1024, 7 * 512)) == PartitionSpec(None, None, "fsdp")
-    with pytest.raises(
-        ValueError, match=r"mlp_in/kernel .* no free axis .* fsdp = 7; change --con"
-    ):
-        spec((2, 1024, 4096))
-
-
-def test_a_large_unknown_parameter_is_refused():
-    mesh = abstract_mesh(fsdp=8)
-    assert sharding.parameter_spec(mesh, "heads/new", (8, 8)) == PartitionSpec()
-    with pytest.raises(ValueError, match=r"heads/new .* matches no rule of PARAMETER_AXES"):
-        sharding.parameter_spec(mesh, "heads/new", (1024, 1024))
-    with pytest.raises(ValueError, match=r"matches the rule \('layers', 'embed', 'mlp'\)"):
-        sharding.parameter_spec(mesh, "single_blocks/mlp_in/kernel", (1024, 1024))
 
 
 @pytest.mark.parametrize(
@@ -295,13 +202,14 @@ TPU_GRADIENT = """
     import json
     import jax, jax.numpy as jnp
     from jax.experimental import topologies
+    from kontext_jax.models.parameter_sharding import state_shardings
     from kontext_jax.weights.bundle import parameter_shapes
     from kontext_jax.runtime.compiler_options import options
     from kontext_jax.hlo.collectives import collectives
     from kontext_jax.models.mmdit import MMDiT
     from kontext_jax.models.presets import MMDiTConfig
     from kontext_jax.runtime.sharding import (
-        MeshConfig, activation_rules, batch_shardings, make_mesh, state_shardings
+        MeshConfig, activation_rules, batch_shardings, make_mesh
     )
 
     config = MMDiTConfig(hidden_size=512, num_heads=4, depth=1, depth_single_blocks=2)
@@ -350,11 +258,3 @@ def test_a_tpu_gathers_and_attends_in_bfloat16_and_reduces_gradients_in_float32(
     }
     wrong = {k: v for k, v in found.items() if right.get(k[0], k[1]) != k[1]}
     assert sum(wrong.values()) < 0.02 * total, wrong
-
-
-def test_optax_moments_are_found_by_path():
-    params = {"img_in": {"kernel": jax.ShapeDtypeStruct((64, 2**15), jnp.float32)}}
-    state = jax.eval_shape(optax.adam(0.1).init, params)
-    places = sharding.state_shardings(abstract_mesh(fsdp=4), state)
-    assert places[0].mu["img_in"]["kernel"].spec == PartitionSpec(None, "fsdp")
-    assert places[0].count.spec == PartitionSpec()

@@ -13,12 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kontext_jax.models.parameter_sharding import state_shardings
 from kontext_jax.objectives.base import Objective
 from kontext_jax.objectives.state import TrainState
 from kontext_jax.runtime.programs import Executables, Program
-from kontext_jax.runtime.sharding import (
-    state_shardings,
-)
 from kontext_jax.training.config import TrainConfig
 from kontext_jax.types import Params
 from kontext_jax.weights.bundle import ModelBundle, Place
