@@ -25,8 +25,6 @@ DEMO_IMAGE = "example:cat"
 DEMO_PROMPT = "put a red frame around the picture"
 PROGRAMS = "programs"  # folder of the cache for programs that are loaded without tracing
 PICTURES_AT_A_TIME = 64  # of a folder, in memory: 2.3 GB of photographs of 12 megapixels
-# Flag → field of SampleRequest, where they differ.
-FIELD_OF_FLAG = {"image": "images", "steps": "num_steps", "true_cfg": "true_cfg_scale"}
 
 
 Flags = dict[str, Any]
@@ -92,7 +90,8 @@ def split_flags(given: Mapping[str, Any]) -> tuple[Flags, Flags]:
     """
     from kontext_jax.sampling import requests
 
-    flags = {FIELD_OF_FLAG.get(name, name): value for name, value in given.items()}
+    field_of_flag = {flag: field for field, flag in requests.FLAGS.items()}
+    flags = {field_of_flag.get(name, name): value for name, value in given.items()}
     words = [*([flags.pop("first")] if "first" in flags else []), *flags.pop("pictures", ())]
     if words and "prompt" not in flags:
         if Path(words[0]).exists() or words[0].startswith("example:"):

@@ -25,6 +25,7 @@ from kontext_jax.runtime.versions import VERSION
 from kontext_jax.runtime.versions import versions as versions_of
 from kontext_jax.sampling.requests import PreparedRequest, request_to_dict
 from kontext_jax.sampling.stages import OnStep, Stages
+from kontext_jax.types import Float, UInt8
 
 METADATA_FORMAT = 1
 TOKENS_PER_BATCH = 8192  # a batch is filled up to this: one edit of a megapixel, several small ones
@@ -33,12 +34,21 @@ MAX_BATCH = 8
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One picture of one turn."""
+    """One picture of one turn.
+
+    Attributes:
+      image_index: number of the picture among the request's `num_images`.
+      turn: 0 for the prompt; then the prompts of `then`.
+      pixels: picture, uint8.
+      latents: picture before it was decoded, in the sampler's dtype: a further turn's reference.
+      metadata: all that the picture depends on, for JSON.
+    """
 
     request_index: int
-    image_index: int  # of the request's num_images
-    turn: int  # 0: the prompt; then the prompts of `then`
-    pixels: np.ndarray  # uint8 [height, width, 3]
+    image_index: int
+    turn: int
+    pixels: UInt8[np.ndarray, "height width 3"]
+    latents: Float[np.ndarray, "latent_height latent_width Z"]
     metadata: dict[str, Any]
 
 
@@ -198,7 +208,14 @@ class Pipeline(Stages):
                 if restore := item.prepared.sizes.restore:
                     pixels = images.resize(pixels, *restore.size, box=restore.box)
                 metadata = self._metadata(item, turn, place)
-                yield Result(item.request_index, item.image_index, turn, pixels, metadata)
+                yield Result(
+                    item.request_index,
+                    item.image_index,
+                    turn,
+                    pixels,
+                    np.asarray(final)[place.row],
+                    metadata,
+                )
             references = [final]
 
     def _decode_places(self, final, places, numerics) -> Iterator[tuple[Place, np.ndarray]]:

@@ -5,12 +5,12 @@ jobs file or from a picture's metadata. Its checks need no model; `complete` add
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
+from kontext_jax.fields import checked, field_types, fits, misfit
 from kontext_jax.flow.names import SAMPLERS, check_timesteps
 from kontext_jax.models.presets import Preset
 from kontext_jax.numerics import NUMERICS, Numerics
@@ -52,18 +52,8 @@ class SampleRequest:
     then: tuple[str, ...] = ()  # prompts of further turns, each edits the result of the one before
 
     def __post_init__(self):
-        for field, kind in _TYPES.items():
-            value = getattr(self, field)
-            if kind == "strings":
-                listed = isinstance(value, list | tuple)
-                if not listed or not all(isinstance(v, str) for v in value):
-                    raise ValueError(f"{field} is {value!r}; expected a list of strings")
-                object.__setattr__(self, field, tuple(value))
-            elif kind == "numbers":
-                if value is not None:
-                    object.__setattr__(self, field, _times(field, value))
-            elif value is not None or field not in _OPTIONAL:
-                _check_type(field, value, kind)
+        for field, kind in field_types(SampleRequest).items():
+            object.__setattr__(self, field, _read(field, kind, getattr(self, field)))
         for prompt in (self.prompt, *self.then):
             if not prompt.strip():
                 raise ValueError("a prompt is empty; say what the picture should become")
@@ -101,58 +91,33 @@ class SampleRequest:
             )
 
 
-_TYPES = {
-    "prompt": str,
-    "negative_prompt": str,
-    "true_cfg_scale": float,
-    "images": "strings",
-    "size": str,
-    "megapixels": float,
-    "reference_size": str,
-    "restore_size": bool,
-    "num_images": int,
-    "seed": int,
-    "num_steps": int,
-    "sampler": str,
-    "timesteps": "numbers",
-    "guidance": float,
-    "numerics": str,
-    "position_rule": str,
-    "text_mask": bool,
-    "then": "strings",
-}
-FIELDS = tuple(_TYPES)
-_OPTIONAL = {
-    *("negative_prompt", "true_cfg_scale", "size", "megapixels", "num_steps", "guidance"),
-    "sampler",
-}
-_FLAGS = {"num_steps": "--steps", "true_cfg_scale": "--true-cfg"}
+FIELDS = tuple(field.name for field in dataclasses.fields(SampleRequest))
+FLAGS = {"images": "image", "num_steps": "steps", "true_cfg_scale": "true_cfg"}
+"""Field → flag of a command, where the flag has another name."""
 
 
 def _named(field: str) -> str:
     """A field as its user knows it, by key and by flag."""
-    return f"{field} ({_FLAGS.get(field, '--' + field.replace('_', '-'))})"
+    return f"{field} (--{FLAGS.get(field, field).replace('_', '-')})"
 
 
-def _check_type(field: str, value: Any, kind: type) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is float:
-        fits = number and math.isfinite(value)
-    elif kind is int:
-        fits = number and isinstance(value, int)
-    else:
-        fits = isinstance(value, kind)
-    if not fits:
-        expected = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-        raise ValueError(f"{_named(field)} is {value!r}; expected {expected[kind]}")
+def _read(field: str, kind: Any, value: Any) -> Any:
+    """The value of a field declared as `kind`, with lists as tuples.
 
-
-def _times(field: str, value: Any) -> tuple[float, ...]:
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"{_named(field)} is {value!r}; expected a list of numbers")
-    for one in value:
-        _check_type(field, one, float)
-    return check_timesteps(value)
+    Raises:
+      ValueError: it does not fit.
+    """
+    if kind == tuple[str, ...]:
+        if not fits(kind, value):
+            raise misfit(field, value, "a list of strings")
+        return tuple(value)
+    if field == "timesteps" and value is not None:
+        if not isinstance(value, list | tuple):
+            raise misfit(_named(field), value, "a list of numbers")
+        return check_timesteps([checked(float, t, _named(field), exact=True) for t in value])
+    if get_origin(kind) is Literal:
+        kind = str  # which words there are is checked with the other choices
+    return checked(kind, value, _named(field), exact=True)
 
 
 def request_from_dict(values: Mapping[str, Any]) -> SampleRequest:

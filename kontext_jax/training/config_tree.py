@@ -7,58 +7,17 @@ dataclass has is refused with the nearest one that exists.
 
 import ast
 import dataclasses
-import difflib
 import functools
 import json
-import math
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
+
+from kontext_jax.fields import checked, field_types, keys, unknown_key
 
 NONE_WORDS = ("none", "null")
 BOOL_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-
-
-@functools.cache
-def field_types(cls: type) -> dict[str, Any]:
-    """Name → declared type of a dataclass's fields, in order."""
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-def keys(cls: type, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all settings of a dataclass, those of its sections in place of sections."""
-    for name, kind in field_types(cls).items():
-        if dataclasses.is_dataclass(kind):
-            yield from keys(kind, f"{prefix}{name}.")
-        else:
-            yield prefix + name
-
-
-def nearest_key(key: str, choices: Sequence[str]) -> str | None:
-    """The choice that `key` most likely means: by spelling, by its last word, or by initials."""
-
-    def likeness(choice: str) -> float:
-        word, other = key.rpartition(".")[2], choice.rpartition(".")[2]
-        initials = "".join(part[:1] for part in other.split("_"))
-        by_word = 0.95 if word == initials else difflib.SequenceMatcher(None, word, other).ratio()
-        whole = difflib.SequenceMatcher(None, key, choice).ratio()
-        return by_word + 0.1 * whole if max(by_word, whole) > 0.6 else 0.0
-
-    best = max(choices, key=likeness, default=None)
-    return best if best is not None and likeness(best) > 0 else None
-
-
-def unknown_key(cls: type, key: str) -> str:
-    """The message for a key that no field answers to."""
-    choices = list(keys(cls))
-    section = key.rpartition(".")[0]
-    siblings = [choice for choice in choices if choice.rpartition(".")[0] == section]
-    near = nearest_key(key, siblings) or nearest_key(key, choices)
-    hint = f"; did you mean {near}?" if near else ""
-    listed = siblings if section and siblings else sorted({c.split(".")[0] for c in choices})
-    return f"there is no setting {key!r}{hint} (there are {', '.join(listed)})"
 
 
 def to_dict(config: Any) -> Any:
@@ -82,7 +41,7 @@ def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
     unknown = [key for key in _dotted(cls, values) if _type_of(cls, key) is None]
     if unknown:
         raise ValueError("; ".join(unknown_key(cls, key) for key in unknown))
-    return _dataclass(cls, values, "")
+    return checked(cls, values, "")
 
 
 def parse_value(cls: type, key: str, text: str) -> Any:
@@ -100,7 +59,7 @@ def parse_value(cls: type, key: str, text: str) -> Any:
     if dataclasses.is_dataclass(kind):
         first = next(keys(kind), "")
         raise ValueError(f"{key} is a section; set one of its settings, such as {key}.{first}")
-    return _checked(kind, _from_text(kind, text), key)
+    return checked(kind, _from_text(kind, text), key)
 
 
 def set_key(values: dict[str, Any], key: str, value: Any) -> None:
@@ -133,84 +92,6 @@ def _type_of(cls: type, key: str) -> Any:
     if not rest:
         return kind
     return _type_of(kind, rest) if dataclasses.is_dataclass(kind) else None
-
-
-def _dataclass(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
-    fields = {}
-    for name, value in values.items():
-        if name not in field_types(cls):
-            raise ValueError(unknown_key(cls, name))
-        fields[name] = _checked(field_types(cls)[name], value, prefix + name)
-    required = {
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
-    if missing := sorted(required - fields.keys()):
-        raise ValueError(f"{', '.join(prefix + name for name in missing)} must be given")
-    return cls(**fields)
-
-
-def _checked(kind: Any, value: Any, key: str) -> Any:
-    """`value` as a field of declared type `kind` holds it.
-
-    Raises:
-      ValueError: it is something else.
-    """
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        if isinstance(value, kind):
-            return value
-        if isinstance(value, Mapping):
-            return _dataclass(kind, value, f"{key}.")
-        raise _misfit(key, value, f"a section with {', '.join(field_types(kind))}")
-    if origin in (typing.Union, types.UnionType):
-        if value is None and types.NoneType in parts:
-            return None
-        errors = []
-        for part in parts:
-            if part is types.NoneType:
-                continue
-            try:
-                return _checked(part, value, key)
-            except ValueError as error:
-                errors.append(error)
-        raise errors[0]
-    if origin is Literal:
-        if value in parts:
-            return value
-        near = nearest_key(str(value), [str(part) for part in parts])
-        hint = f" (did you mean {near}?)" if near else ""
-        raise ValueError(f"{key} is {value!r}{hint}; expected one of {', '.join(map(str, parts))}")
-    if origin is tuple:
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            raise _misfit(key, value, "a list")
-        if len(parts) == 2 and parts[1] is Ellipsis:
-            parts = (parts[0],) * len(value)
-        if len(parts) != len(value):
-            raise _misfit(key, value, f"a list of {len(parts)}")
-        items = zip(parts, value, strict=True)
-        return tuple(_checked(part, item, f"{key}[{i}]") for i, (part, item) in enumerate(items))
-    if origin is dict or kind is dict:
-        if not isinstance(value, Mapping):
-            raise _misfit(key, value, "a dict")
-        item_kind = parts[1] if parts else Any
-        return {str(name): _checked(item_kind, item, key) for name, item in value.items()}
-    if kind is Any:
-        return value
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is float and number and math.isfinite(value):
-        return float(value)
-    if kind is int and number and value == int(value):
-        return int(value)
-    if kind in (bool, str) and isinstance(value, kind):
-        return value
-    expected = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-    raise _misfit(key, value, expected.get(kind, getattr(kind, "__name__", str(kind))))
-
-
-def _misfit(key: str, value: Any, expected: str) -> ValueError:
-    return ValueError(f"{key} is {value!r}; expected {expected}")
 
 
 def _from_text(kind: Any, text: str) -> Any:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from kontext_jax.models.presets import PRESETS, MMDiTConfig, VAEConfig
 from kontext_jax.numerics import EXACT
+from kontext_jax.pictures.latents import model_to_pixels
 from kontext_jax.sampling.pipeline import Failure, Pipeline, Place
 from kontext_jax.sampling.requests import SampleRequest, prepare
 from kontext_jax.weights.untrained import untrained_bundle
@@ -101,6 +102,13 @@ def test_the_same_request_gives_the_same_picture(pipeline, another, picture):
     first = single(pipeline, images=[picture])
     assert first.shape == (48, 64, 3) and first.dtype == np.uint8
     np.testing.assert_array_equal(single(another(), images=[picture]), first)
+
+
+def test_a_result_carries_the_latents_that_decode_to_it(pipeline, picture):
+    for result in pipeline.edit([request(images=[picture], num_images=2)]):
+        assert result.latents.shape == (6, 8, 16)
+        (image,) = pipeline.decode(jnp.asarray(result.latents)[None])
+        np.testing.assert_array_equal(model_to_pixels(image, "round"), result.pixels)
 
 
 @pytest.mark.parametrize(

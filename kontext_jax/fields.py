@@ -1,0 +1,169 @@
+"""Whether a value fits a field: the declared types of dataclasses, checked where values come in.
+
+    checked(int, 2.5, "seed")         ValueError: seed is 2.5; expected a whole number
+    checked(float | None, 3, "rate")  3.0
+
+The declaration of a field is the one description of what it takes: requests, configs, model cards
+and weight layouts all ask here. Messages name the value, what was expected and, where a word is
+misspelt, the nearest one.
+"""
+
+import dataclasses
+import difflib
+import functools
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+@functools.cache
+def field_types(cls: type) -> dict[str, Any]:
+    """Name → declared type of a dataclass's fields, in order."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def keys(cls: type, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all settings of a dataclass, those of its sections in place of sections."""
+    for name, kind in field_types(cls).items():
+        if dataclasses.is_dataclass(kind):
+            yield from keys(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def nearest_key(key: str, choices: Sequence[str]) -> str | None:
+    """The choice that `key` most likely means: by spelling, by its last word, or by initials."""
+
+    def likeness(choice: str) -> float:
+        word, other = key.rpartition(".")[2], choice.rpartition(".")[2]
+        initials = "".join(part[:1] for part in other.split("_"))
+        by_word = 0.95 if word == initials else difflib.SequenceMatcher(None, word, other).ratio()
+        whole = difflib.SequenceMatcher(None, key, choice).ratio()
+        return by_word + 0.1 * whole if max(by_word, whole) > 0.6 else 0.0
+
+    best = max(choices, key=likeness, default=None)
+    return best if best is not None and likeness(best) > 0 else None
+
+
+def unknown_key(cls: type, key: str) -> str:
+    """The message for a key that no field answers to."""
+    choices = list(keys(cls))
+    section = key.rpartition(".")[0]
+    siblings = [choice for choice in choices if choice.rpartition(".")[0] == section]
+    near = nearest_key(key, siblings) or nearest_key(key, choices)
+    hint = f"; did you mean {near}?" if near else ""
+    listed = siblings if section and siblings else sorted({c.split(".")[0] for c in choices})
+    return f"there is no setting {key!r}{hint} (there are {', '.join(listed)})"
+
+
+def checked(kind: Any, value: Any, name: str, *, exact: bool = False) -> Any:
+    """`value` as a field of declared type `kind` holds it.
+
+    Lists become tuples, mappings become the dataclass that is declared, numbers become floats or
+    whole numbers.
+
+    Args:
+      kind: a dataclass, a Literal, `int`, `float`, `bool`, `str`, `Any`, or a union, tuple or
+        dict of those.
+      name: name of the field, for messages; "" for a whole dataclass.
+      exact: leave numbers as they are given, and refuse 3.0 for a whole number.
+
+    Raises:
+      ValueError: it is something else.
+    """
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        if isinstance(value, kind):
+            return value
+        if isinstance(value, Mapping):
+            return _dataclass(kind, value, f"{name}." if name else "", exact)
+        raise misfit(name, value, f"a section with {', '.join(field_types(kind))}")
+    if origin in (typing.Union, types.UnionType):
+        return _of_union(parts, value, name, exact)
+    if origin is Literal:
+        if value in parts:
+            return value
+        near = nearest_key(str(value), [str(part) for part in parts])
+        hint = f" (did you mean {near}?)" if near else ""
+        raise ValueError(f"{name} is {value!r}{hint}; expected one of {', '.join(map(str, parts))}")
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise misfit(name, value, "a list")
+        if len(parts) == 2 and parts[1] is Ellipsis:
+            parts = (parts[0],) * len(value)
+        if len(parts) != len(value):
+            raise misfit(name, value, f"a list of {len(parts)}")
+        items = enumerate(zip(parts, value, strict=True))
+        return tuple(checked(part, x, f"{name}[{i}]", exact=exact) for i, (part, x) in items)
+    if origin is dict or kind is dict:
+        if not isinstance(value, Mapping):
+            raise misfit(name, value, "a dict")
+        kind_of_item = parts[1] if parts else Any
+        return {
+            str(key): checked(kind_of_item, item, name, exact=exact) for key, item in value.items()
+        }
+    return value if kind is Any else _scalar(kind, value, name, exact)
+
+
+def fits(kind: Any, value: Any) -> bool:
+    """Whether `checked` takes the value, exactly as it is given."""
+    try:
+        checked(kind, value, "", exact=True)
+    except ValueError:
+        return False
+    return True
+
+
+def misfit(name: str, value: Any, expected: str) -> ValueError:
+    """The error for a value that does not fit; `expected` is a noun with its article."""
+    return ValueError(f"{name} is {value!r}; expected {expected}")
+
+
+def _of_union(parts: tuple[Any, ...], value: Any, name: str, exact: bool) -> Any:
+    """`value` as the first part of a union that takes it; else the first part's error."""
+    if value is None and types.NoneType in parts:
+        return None
+    errors = []
+    for part in parts:
+        if part is types.NoneType:
+            continue
+        try:
+            return checked(part, value, name, exact=exact)
+        except ValueError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _scalar(kind: Any, value: Any, name: str, exact: bool) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is float and number and math.isfinite(value):
+        return value if exact else float(value)
+    if kind is int and number:
+        if isinstance(value, int):
+            return value
+        if not exact and math.isfinite(value) and value == int(value):
+            return int(value)
+    if kind in (bool, str) and isinstance(value, kind):
+        return value
+    raise misfit(name, value, WORDS.get(kind, getattr(kind, "__name__", str(kind))))
+
+
+def _dataclass(cls: type, values: Mapping[str, Any], prefix: str, exact: bool) -> Any:
+    fields = {}
+    for name, value in values.items():
+        if name not in field_types(cls):
+            raise ValueError(unknown_key(cls, name))
+        fields[name] = checked(field_types(cls)[name], value, prefix + name, exact=exact)
+    required = {
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    if missing := sorted(required - fields.keys()):
+        raise ValueError(f"{', '.join(prefix + name for name in missing)} must be given")
+    return cls(**fields)
