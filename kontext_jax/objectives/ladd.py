@@ -17,8 +17,9 @@ features as numbers. Both networks share one pass through student and teacher.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ from kontext_jax.objectives.base import (
 from kontext_jax.objectives.draws import draw_noise, means_by_time
 from kontext_jax.objectives.flow_matching import Predict
 from kontext_jax.objectives.state import TrainState, make_train_state
-from kontext_jax.types import Params
+from kontext_jax.types import Array, Float, Int, Params, Tokens
 
 Features = Callable[[Any, jax.Array, jax.Array, TokenBatch], Sequence[jax.Array]]
 """`features(frozen, x_t [B, L, C], t [B], batch) -> [[B, …], …]` of the frozen teacher.
@@ -161,6 +162,313 @@ def mismatched(batch: TokenBatch, is_text: jax.Array) -> TokenBatch:
     )
 
 
+class LADD(NamedTuple):
+    """The networks and settings that the functions of this objective share.
+
+    Attributes:
+      predict: the student's velocity of the target tokens.
+      features: hidden states of the teacher, see `Features`.
+      heads: the discriminator; its logits are (params, features, s [B], batch) → one array [B, …]
+        for each of the features.
+      config: the settings.
+      takes_guidance: True if the student has an input for guidance.
+      times: the student's times, falling from 1: `config.timesteps`.
+    """
+
+    predict: Predict
+    features: Features
+    heads: Adversary
+    config: LADDConfig
+    takes_guidance: bool
+    times: Float[Array, " K"]
+
+
+class Seen(NamedTuple):
+    """What the heads are shown: features of one kind of example."""
+
+    features: Sequence[jax.Array]  # [B, …] each
+    s: Float[Array, " B"]  # the time at which they were taken
+    batch: TokenBatch  # with the text and the references that they are judged beside
+
+
+def denoise(
+    ladd: LADD,
+    params: Params,
+    frozen: Any,
+    batch: TokenBatch,
+    x_t: Tokens,
+    t: Float[Array, " B"],
+) -> tuple[Tokens, Tokens]:
+    """The student's estimate x̂0 = x_t − t·v and its velocity v, float32."""
+    guidance = jnp.full(t.shape, ladd.config.guidance, jnp.float32) if ladd.takes_guidance else None
+    velocity = ladd.predict(params, frozen, x_t, t, batch, guidance).astype(jnp.float32)
+    return x_t - t[:, None, None] * velocity, velocity
+
+
+def rollout(
+    ladd: LADD,
+    params: Params,
+    frozen: Any,
+    batch: TokenBatch,
+    noise: Tokens,
+    index: Int[Array, " B"],
+) -> Tokens:
+    """The state at times[index] of the student's own Euler steps from noise; no gradient."""
+    times = ladd.times
+
+    def step(carry, i):
+        x, found = carry
+        t = jnp.full(index.shape, times[i])
+        _, velocity = denoise(ladd, params, frozen, batch, x, t)
+        x = x + (times[i + 1] - times[i]) * velocity
+        return (x, jnp.where((index == i + 1)[:, None, None], x, found)), None
+
+    (_, found), _ = lax.scan(step, (noise, noise), jnp.arange(len(times) - 1))
+    return lax.stop_gradient(found)
+
+
+def student_input(
+    ladd: LADD,
+    params: Params,
+    frozen: Any,
+    batch: TokenBatch,
+    probabilities: Float[Array, " K"],
+    key: jax.Array,
+    sample_index: Int[Array, " B"],
+) -> tuple[Tokens, Float[Array, " B"]]:
+    """x_t and t that the student is given: x0 with noise, or its own states (`on_policy`).
+
+    Args:
+      params: the student's parameters, used by `on_policy` alone.
+      probabilities: probability of each of the K student times.
+      key: key of the step.
+      sample_index: places in the global batch.
+    """
+    x0, times = batch.x0.astype(jnp.float32), ladd.times
+    noise = draw_noise(key, sample_index, x0.shape[1:])
+    index = jax.vmap(lambda k: jax.random.categorical(k, jnp.log(probabilities)))(
+        sample_keys(key, "t", sample_index)
+    )
+    x_t = flow.interpolate(x0, noise, times[index])
+    if ladd.config.on_policy:
+        keys = sample_keys(key, "on_policy", sample_index)
+        is_own = jax.vmap(jax.random.bernoulli, (0, None))(keys, ladd.config.on_policy)
+        own = rollout(ladd, params, frozen, batch, noise, index)
+        x_t = jnp.where(is_own[:, None, None], own, x_t)
+    return x_t, times[index]
+
+
+def teacher_features(
+    ladd: LADD,
+    frozen: Any,
+    batch: TokenBatch,
+    key: jax.Array,
+    use: str,
+    sample_index: Int[Array, " B"],
+) -> tuple[Callable[[Tokens], tuple[jax.Array, ...]], Float[Array, " B"]]:
+    """F as a function of x [B, L, C], at a time s drawn for each sample; and s.
+
+    Args:
+      key: key of the step.
+      use: name of the draws of s and noise', such as "fake" (`objectives.base.use_key`).
+      sample_index: places in the global batch.
+    """
+    config = ladd.config
+    logit = draw_noise(key, sample_index, (), f"{use}_s")
+    s = jax.nn.sigmoid(config.renoise_mean + config.renoise_sigma * logit)
+    s = jnp.clip(s, *config.renoise_range)
+    noise = draw_noise(key, sample_index, batch.x0.shape[1:], f"{use}_noise")
+
+    def features_of(x: Tokens) -> tuple[jax.Array, ...]:
+        return tuple(ladd.features(frozen, flow.interpolate(x, noise, s), s, batch))
+
+    return features_of, s
+
+
+def show_examples(
+    ladd: LADD, frozen: Any, batch: TokenBatch, key: jax.Array, sample_index: Int[Array, " B"]
+) -> tuple[Seen, Seen | None]:
+    """The examples as the heads see them: as they are; and, with `negative_share`, mismatched.
+
+    Raises:
+      ValueError: mismatched ones are wanted of a batch with one example.
+    """
+    x0 = batch.x0.astype(jnp.float32)
+    features_of, s = teacher_features(ladd, frozen, batch, key, "real", sample_index)
+    real = Seen(features_of(x0), s, batch)
+    if not ladd.config.negative_share:
+        return real, None
+    if num_samples(batch) < 2:
+        raise ValueError(
+            "ladd.negative_share needs the text of another example, but a micro-batch has "
+            "one; raise batch_size or lower accumulate_steps"
+        )
+    keys = sample_keys(key, "negative", sample_index)
+    other = mismatched(batch, jax.vmap(jax.random.bernoulli)(keys))
+    features_of, s = teacher_features(ladd, frozen, other, key, "negative", sample_index)
+    return real, Seen(features_of(x0), s, other)
+
+
+def heads_loss(
+    params: Params, ladd: LADD, real: Seen, fake: Seen, negative: Seen | None
+) -> tuple[Float[Array, ""], Metrics]:
+    """L_D by the parameters of the heads, and metrics; the features are numbers.
+
+    Args:
+      params: the heads' parameters.
+      real: examples as they are.
+      fake: the student's x̂0.
+      negative: mismatched examples; None without `negative_share`.
+    """
+    config, heads = ladd.config, ladd.heads
+    of_real = heads.logits(params, *real)
+    of_fake = heads.logits(params, *fake)
+    loss = hinge_loss(of_real, of_fake)
+    metrics = _judgement(of_real, of_fake, real.s, fake.s) | {"discriminator/loss": loss}
+    if negative is not None:
+        of_other = heads.logits(params, *negative)
+        negative_loss = hinge_loss((), of_other)
+        metrics["discriminator/negative_loss"] = negative_loss
+        loss += config.negative_share * (negative_loss - hinge_loss((), of_fake))
+    if config.r1_weight:
+        penalty = gradient_penalty(
+            lambda f: heads.logits(params, f, real.s, real.batch), real.features
+        )
+        metrics["discriminator/r1"] = penalty
+        loss += config.r1_weight * penalty
+    return loss, metrics
+
+
+def heads_gradient(
+    ladd: LADD, params: Params, frozen: Any, batch: TokenBatch, key: jax.Array, sample_index
+):
+    """L_D and its gradient by the heads alone: a `GradientFn` once `ladd` is given.
+
+    Args:
+      params: the heads' parameters.
+      frozen: (probabilities of the student times, the student's parameters, the teacher's).
+    """
+    probabilities, student, frozen = frozen
+    x_t, t = student_input(ladd, student, frozen, batch, probabilities, key, sample_index)
+    x0_hat, _ = denoise(ladd, student, frozen, batch, x_t, t)
+    features_of, s = teacher_features(ladd, frozen, batch, key, "fake", sample_index)
+    fake = Seen(features_of(x0_hat), s, batch)
+    real, negative = show_examples(ladd, frozen, batch, key, sample_index)
+    return jax.value_and_grad(heads_loss, has_aux=True)(params, ladd, real, fake, negative)
+
+
+def both_gradients(
+    ladd: LADD, params: Networks, frozen: Any, batch: TokenBatch, key: jax.Array, sample_index
+):
+    """L_G by the student and L_D by the heads: a `GradientFn` once `ladd` is given.
+
+    Args:
+      frozen: (whether the heads have started, (probabilities of the student times, the teacher's
+        parameters)).
+    """
+    _, (probabilities, frozen) = frozen
+    x_t, t = student_input(ladd, params.generator, frozen, batch, probabilities, key, sample_index)
+
+    def student(p):
+        return denoise(ladd, p, frozen, batch, x_t, t)[0]
+
+    x0_hat, pull_student = jax.vjp(student, params.generator)
+    features_of, s = teacher_features(ladd, frozen, batch, key, "fake", sample_index)
+    features, pull_teacher = jax.vjp(features_of, x0_hat)
+
+    def fooled(features):
+        logits = ladd.heads.logits(params.discriminator, features, s, batch)
+        return sum(generator_loss(x, "hinge") for x in logits)
+
+    loss, by_features = jax.value_and_grad(fooled)(features)
+    (by_x0,) = pull_teacher(by_features)
+    (grads,) = pull_student(by_x0)
+    real, negative = show_examples(ladd, frozen, batch, key, sample_index)
+    (_, metrics), heads_grads = jax.value_and_grad(heads_loss, has_aux=True)(
+        params.discriminator, ladd, real, Seen(features, s, batch), negative
+    )
+    metrics |= {
+        "x0_grad": jnp.linalg.norm(by_x0.ravel()),
+        "x0_std": jnp.std(x0_hat) / jnp.std(batch.x0.astype(jnp.float32)),
+    }
+    return (loss, metrics), Networks(grads, heads_grads)
+
+
+def make_ladd_step(
+    ladd: LADD,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema_decay: float,
+    accumulate_steps: int,
+    learning_rate: Callable[[jax.Array], jax.Array] | None,
+) -> Callable[[TrainState, Any, TokenBatch, jax.Array], tuple[TrainState, Metrics]]:
+    """One step: `discriminator_steps` − 1 updates of the heads alone, then one of both networks."""
+    config, heads = ladd.config, ladd.heads
+    joint_step = make_adversarial_step(
+        functools.partial(both_gradients, ladd),
+        optimizer,
+        heads,
+        0,
+        ema_decay=ema_decay,
+        accumulate_steps=accumulate_steps,
+        learning_rate=learning_rate,
+    )
+
+    def step(state: TrainState, frozen, batch: TokenBatch, key):
+        is_warm = state.step < config.warmup_steps
+        given = jnp.asarray([config.warmup_probabilities, config.probabilities], jnp.float32)
+        probabilities = jnp.where(is_warm, given[0], given[1])
+        step_key = use_key(jax.random.fold_in(key, state.step), "heads alone")
+
+        def update_heads(heads_state, i):
+            loss, _, grads = mean_gradient(
+                functools.partial(heads_gradient, ladd),
+                heads_state.params,
+                (probabilities, state.params, frozen),
+                batch,
+                jax.random.fold_in(step_key, i),
+                accumulate_steps,
+            )
+            is_finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+            return advance(heads_state, grads, is_finite, heads.optimizer)[0], None
+
+        if config.discriminator_steps > 1:
+            extra, _ = lax.scan(
+                update_heads, state.extra, jnp.arange(config.discriminator_steps - 1)
+            )
+            state = state.replace(extra=extra)
+        return joint_step(state, (probabilities, frozen), batch, key)
+
+    return step
+
+
+def evaluate_ladd(
+    ladd: LADD, params: Params, frozen: Any, batch: TokenBatch, key: jax.Array
+) -> Metrics:
+    """Feature distance and spread of x̂0 beside x0, for each student time; see `make_ladd`."""
+    x0, times = batch.x0.astype(jnp.float32), ladd.times
+    sample_index = jnp.arange(num_samples(batch), dtype=jnp.int32)
+    noise = draw_noise(key, sample_index, x0.shape[1:])
+    other_noise = draw_noise(key, sample_index, x0.shape[1:], "fake_noise")
+    s = jnp.full(len(x0), jax.nn.sigmoid(ladd.config.renoise_mean))
+
+    def features_of(x):
+        return ladd.features(frozen, flow.interpolate(x, other_noise, s), s, batch)
+
+    real = features_of(x0)
+
+    def compare(t):
+        t = jnp.full(len(x0), t)
+        x0_hat, _ = denoise(ladd, params, frozen, batch, flow.interpolate(x0, noise, t), t)
+        return _feature_distance(features_of(x0_hat), real), jnp.std(x0_hat) / jnp.std(x0)
+
+    distances, stds = lax.map(compare, times)
+    metrics = {"loss": jnp.mean(distances)}
+    for i in range(len(times)):
+        metrics |= {f"feature_distance/{i}": distances[i], f"x0_std/{i}": stds[i]}
+    return metrics
+
+
 def make_ladd(
     predict: Predict,
     features: Features,
@@ -180,205 +488,36 @@ def make_ladd(
     the penalty; `discriminator/r1`; mean logits `discriminator/real/K` and `fake/K` of head K;
     `discriminator/active`, the share of hinges that are not zero; `discriminator/accuracy/I` for
     s in part I of [0, 1]; `x0_grad`, the norm of ∂L_G/∂x̂0; `x0_std`, the deviation of x̂0 over that
-    of x0. Nothing of these tells whether modes are lost: only samples do.
+    of x0. None of these tells whether modes are lost: only samples do.
 
     `evaluate` compares x̂0 with x0 for each student time I, with noise from key and sample index
     alone: `feature_distance/I`, the mean squared difference of features at the median s and with
     the same noise', and `x0_std/I`. Its `loss` is their mean feature distance.
 
     Args:
-      predict: the student's velocity of the target tokens.
-      features: see `Features`.
-      heads: its logits are (params, features, s [B], batch) → one array [B, …] for each of them.
+      predict: see `LADD`, like `features`, `heads`, `config` and `takes_guidance`.
       init_params: key → fresh float32 parameters of the student.
-      takes_guidance: whether the student has an input for guidance.
-      ema_decay: see `make_gradient_step`, as for the rest.
+      optimizer: the student's optimizer; the heads have their own.
+      ema_decay: see `make_gradient_step`, like the rest.
 
     Raises:
-      ValueError: the batch has one example while negatives need another.
+      ValueError: when traced, if the batch has one example while negatives need another.
     """
     check_step_options(ema_decay, accumulate_steps)
     times = jnp.asarray(config.timesteps, jnp.float32)
-
-    def denoise(params, frozen, batch, x_t, t):
-        """x̂0 and the velocity, float32."""
-        guidance = jnp.full(t.shape, config.guidance, jnp.float32) if takes_guidance else None
-        velocity = predict(params, frozen, x_t, t, batch, guidance).astype(jnp.float32)
-        return x_t - t[:, None, None] * velocity, velocity
-
-    def rollout(params, frozen, batch, noise, index):
-        """Where Euler steps from noise are at times[index] [B]; no gradient."""
-
-        def step(carry, i):
-            x, found = carry
-            t = jnp.full(index.shape, times[i])
-            _, velocity = denoise(params, frozen, batch, x, t)
-            x = x + (times[i + 1] - times[i]) * velocity
-            return (x, jnp.where((index == i + 1)[:, None, None], x, found)), None
-
-        (_, found), _ = lax.scan(step, (noise, noise), jnp.arange(len(times) - 1))
-        return lax.stop_gradient(found)
-
-    def draw_inputs(params, frozen, batch, probabilities, key, sample_index):
-        """x_t and t of the student."""
-        x0 = batch.x0.astype(jnp.float32)
-        noise = draw_noise(key, sample_index, x0.shape[1:])
-        index = jax.vmap(lambda k: jax.random.categorical(k, jnp.log(probabilities)))(
-            sample_keys(key, "t", sample_index)
-        )
-        x_t = flow.interpolate(x0, noise, times[index])
-        if config.on_policy:
-            keys = sample_keys(key, "on_policy", sample_index)
-            is_own = jax.vmap(jax.random.bernoulli, (0, None))(keys, config.on_policy)
-            own = rollout(params, frozen, batch, noise, index)
-            x_t = jnp.where(is_own[:, None, None], own, x_t)
-        return x_t, times[index]
-
-    def look(frozen, x, batch, key, use, sample_index):
-        """Features of x at a random s, a function of x; and s [B]."""
-        logit = draw_noise(key, sample_index, (), f"{use}_s")
-        s = jax.nn.sigmoid(config.renoise_mean + config.renoise_sigma * logit)
-        s = jnp.clip(s, *config.renoise_range)
-        noise = draw_noise(key, sample_index, x.shape[1:], f"{use}_noise")
-
-        def seen(x):
-            return tuple(features(frozen, flow.interpolate(x, noise, s), s, batch))
-
-        return seen, s
-
-    def discriminate(frozen, batch, fake, fake_s, key, sample_index):
-        """L_D by the heads' parameters: params → (loss, metrics); the features are numbers."""
-        x0 = batch.x0.astype(jnp.float32)
-        see, real_s = look(frozen, x0, batch, key, "real", sample_index)
-        real = see(x0)
-        if config.negative_share:
-            if num_samples(batch) < 2:
-                raise ValueError(
-                    "ladd.negative_share needs the text of another example, but a micro-batch has "
-                    "one; raise batch_size or lower accumulate_steps"
-                )
-            keys = sample_keys(key, "negative", sample_index)
-            is_text = jax.vmap(jax.random.bernoulli)(keys)
-            other = mismatched(batch, is_text)
-            see, negative_s = look(frozen, x0, other, key, "negative", sample_index)
-            negative = see(x0)
-
-        def loss_fn(params):
-            of_real = heads.logits(params, real, real_s, batch)
-            of_fake = heads.logits(params, fake, fake_s, batch)
-            loss = hinge_loss(of_real, of_fake)
-            metrics = _judgement(of_real, of_fake, real_s, fake_s) | {"discriminator/loss": loss}
-            if config.negative_share:
-                of_other = heads.logits(params, negative, negative_s, other)
-                negative_loss = hinge_loss((), of_other)
-                metrics["discriminator/negative_loss"] = negative_loss
-                loss += config.negative_share * (negative_loss - hinge_loss((), of_fake))
-            if config.r1_weight:
-                penalty = gradient_penalty(lambda f: heads.logits(params, f, real_s, batch), real)
-                metrics["discriminator/r1"] = penalty
-                loss += config.r1_weight * penalty
-            return loss, metrics
-
-        return loss_fn
-
-    def heads_gradient(params, frozen, batch, key, sample_index):
-        """As `objectives.base.GradientFn`, for the heads alone."""
-        probabilities, student, frozen = frozen
-        x_t, t = draw_inputs(student, frozen, batch, probabilities, key, sample_index)
-        x0_hat, _ = denoise(student, frozen, batch, x_t, t)
-        see, s = look(frozen, x0_hat, batch, key, "fake", sample_index)
-        loss_fn = discriminate(frozen, batch, see(x0_hat), s, key, sample_index)
-        return jax.value_and_grad(loss_fn, has_aux=True)(params)
-
-    def gradient(params: Networks, frozen, batch, key, sample_index):
-        """As `objectives.base.GradientFn`, for both."""
-        _, (probabilities, frozen) = frozen
-        x_t, t = draw_inputs(params.generator, frozen, batch, probabilities, key, sample_index)
-
-        def student(p):
-            return denoise(p, frozen, batch, x_t, t)[0]
-
-        x0_hat, pull_student = jax.vjp(student, params.generator)
-        see, s = look(frozen, x0_hat, batch, key, "fake", sample_index)
-        seen, pull_teacher = jax.vjp(see, x0_hat)
-
-        def fooled(seen):
-            logits = heads.logits(params.discriminator, seen, s, batch)
-            return sum(generator_loss(x, "hinge") for x in logits)
-
-        loss, by_seen = jax.value_and_grad(fooled)(seen)
-        (by_x0,) = pull_teacher(by_seen)
-        (grads,) = pull_student(by_x0)
-        loss_fn = discriminate(frozen, batch, seen, s, key, sample_index)
-        (_, metrics), heads_grads = jax.value_and_grad(loss_fn, has_aux=True)(params.discriminator)
-        metrics |= {
-            "x0_grad": jnp.linalg.norm(by_x0.ravel()),
-            "x0_std": jnp.std(x0_hat) / jnp.std(batch.x0.astype(jnp.float32)),
-        }
-        return (loss, metrics), Networks(grads, heads_grads)
-
-    joint_step = make_adversarial_step(
-        gradient,
-        optimizer,
-        heads,
-        0,
-        ema_decay=ema_decay,
-        accumulate_steps=accumulate_steps,
-        learning_rate=learning_rate,
-    )
-
-    def step(state: TrainState, frozen, batch: TokenBatch, key):
-        is_warm = state.step < config.warmup_steps
-        given = jnp.asarray([config.warmup_probabilities, config.probabilities], jnp.float32)
-        probabilities = jnp.where(is_warm, given[0], given[1])
-        step_key = use_key(jax.random.fold_in(key, state.step), "heads alone")
-
-        def update_heads(heads_state, i):
-            loss, _, grads = mean_gradient(
-                heads_gradient,
-                heads_state.params,
-                (probabilities, state.params, frozen),
-                batch,
-                jax.random.fold_in(step_key, i),
-                accumulate_steps,
-            )
-            is_finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
-            return advance(heads_state, grads, is_finite, heads.optimizer)[0], None
-
-        if config.discriminator_steps > 1:
-            extra, _ = lax.scan(
-                update_heads, state.extra, jnp.arange(config.discriminator_steps - 1)
-            )
-            state = state.replace(extra=extra)
-        return joint_step(state, (probabilities, frozen), batch, key)
-
-    def evaluate(params, frozen, batch: TokenBatch, key):
-        x0 = batch.x0.astype(jnp.float32)
-        sample_index = jnp.arange(num_samples(batch), dtype=jnp.int32)
-        noise = draw_noise(key, sample_index, x0.shape[1:])
-        other_noise = draw_noise(key, sample_index, x0.shape[1:], "fake_noise")
-        s = jnp.full(len(x0), jax.nn.sigmoid(config.renoise_mean))
-
-        def seen(x):
-            return features(frozen, flow.interpolate(x, other_noise, s), s, batch)
-
-        real = seen(x0)
-
-        def compare(t):
-            t = jnp.full(len(x0), t)
-            x0_hat, _ = denoise(params, frozen, batch, flow.interpolate(x0, noise, t), t)
-            return _feature_distance(seen(x0_hat), real), jnp.std(x0_hat) / jnp.std(x0)
-
-        distances, stds = lax.map(compare, times)
-        metrics = {"loss": jnp.mean(distances)}
-        for i in range(len(times)):
-            metrics |= {f"feature_distance/{i}": distances[i], f"x0_std/{i}": stds[i]}
-        return metrics
+    ladd = LADD(predict, features, heads, config, takes_guidance, times)
 
     def init(key: jax.Array) -> TrainState:
         return start_ladd(init_params(key), optimizer, heads, key, with_ema=ema_decay > 0)
 
-    return Objective(init=init, step=step, evaluate=evaluate)
+    step = make_ladd_step(
+        ladd,
+        optimizer,
+        ema_decay=ema_decay,
+        accumulate_steps=accumulate_steps,
+        learning_rate=learning_rate,
+    )
+    return Objective(init, step, functools.partial(evaluate_ladd, ladd))
 
 
 def start_ladd(

@@ -15,11 +15,17 @@ from kontext_jax.models.judges.feature_heads import FeatureHeads, FeatureHeadsCo
 from kontext_jax.objectives.adversarial import Adversary
 from kontext_jax.objectives.base import sample_keys, use_key
 from kontext_jax.objectives.ladd import (
+    LADD,
     LADDConfig,
+    Seen,
     gradient_penalty,
+    heads_loss,
     hinge_loss,
     make_ladd,
     mismatched,
+    rollout,
+    student_input,
+    teacher_features,
 )
 
 B, L, C, D = 4, 3, 2, 5
@@ -364,6 +370,81 @@ def test_the_penalty_is_what_finite_differences_say():
         for s in (1, -1)
     ]
     assert (ends[0] - ends[1]) / (2 * h) == pytest.approx(float(norm), rel=2e-2)
+
+
+# The parts of a step, each by itself
+
+
+def parts(**changes) -> LADD:
+    config = dataclasses.replace(LOSS, **changes)
+    return LADD(predict, features, HEADS, config, True, jnp.asarray(config.timesteps))
+
+
+def test_the_student_is_given_an_example_with_noise_at_a_time_of_its_own(fresh):
+    """A time whose probability is 0 is never drawn; a sample gets what its place says."""
+    probabilities = jnp.asarray([0.5, 0.0, 0.5, 0.0])
+    index = jnp.arange(B)
+    given = parts(), fresh.params, FROZEN
+    x_t, t = student_input(*given, BATCH, probabilities, KEY, index)
+    noise, where, *_ = draws(KEY, probabilities)
+    np.testing.assert_array_equal(t, jnp.asarray(LOSS.timesteps)[where])
+    np.testing.assert_allclose(x_t, flow.interpolate(BATCH.x0, noise, t), rtol=1e-6)
+    times = [
+        student_input(*given, BATCH, probabilities, k, index)[1] for k in jax.random.split(KEY)
+    ]
+    assert {float(x) for x in jnp.concatenate(times)} <= {1.0, 0.5}
+
+    half = jax.tree.map(lambda x: x[2:] if x.ndim == 3 and len(x) == B else x, BATCH)
+    half = half.replace(vec=BATCH.vec[2:], null_txt=BATCH.null_txt, pe=BATCH.pe)
+    np.testing.assert_array_equal(
+        student_input(*given, half, probabilities, KEY, index[2:])[0], x_t[2:]
+    )
+
+
+def test_on_policy_the_student_is_given_its_own_states(fresh):
+    probabilities, index = jnp.asarray([0.25] * 4), jnp.arange(B)
+    own = parts(on_policy=1.0)
+    x_t, t = student_input(own, fresh.params, FROZEN, BATCH, probabilities, KEY, index)
+    noise, where, *_ = draws(KEY, probabilities)
+    np.testing.assert_array_equal(x_t, rollout(own, fresh.params, FROZEN, BATCH, noise, where))
+    np.testing.assert_array_equal(t, jnp.asarray(LOSS.timesteps)[where])
+
+
+def test_features_are_taken_at_a_random_time_within_the_range():
+    index, x = jnp.arange(B), BATCH.x0
+    drawn = draws(KEY, LOSS.probabilities)
+    for use, (s, noise) in zip(("fake", "real"), drawn[2:], strict=True):
+        features_of, at = teacher_features(parts(), FROZEN, BATCH, KEY, use, index)
+        np.testing.assert_allclose(at, s, rtol=1e-6)
+        wanted = features(FROZEN, flow.interpolate(x, noise, s), s, BATCH)
+        for ours, theirs in zip(features_of(x), wanted, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    narrow = parts(renoise_range=(0.4, 0.41), renoise_sigma=9.0)
+    _, at = teacher_features(narrow, FROZEN, BATCH, KEY, "real", index)
+    assert at.min() >= 0.4 and at.max() <= 0.41
+    assert not np.array_equal(drawn[2][1], drawn[3][1]), "made and real ones have their own noise'"
+
+
+def shown(value: float) -> Seen:
+    """Examples whose one feature is everywhere `value`."""
+    return Seen([jnp.full((B, L, 1), value)], jnp.full(B, 0.5), BATCH)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_the_loss_of_the_heads_by_numbers(share):
+    """Heads that say p·f: at p = 2 the features are logits of half the size."""
+    scaled = HEADS._replace(logits=lambda p, f, s, batch: [p * x[..., 0] for x in f])
+    ladd = parts(r1_weight=0.5, negative_share=share)._replace(heads=scaled)
+    negative = shown(1.0) if share else None
+    loss, metrics = heads_loss(jnp.float32(2), ladd, shown(0.25), shown(-0.25), negative)
+    hinges = (1 - 0.5) + (1 - 0.5)
+    assert metrics["discriminator/loss"] == pytest.approx(hinges)
+    # R1: each of a sample's L places gives p² for its one feature.
+    assert metrics["discriminator/r1"] == pytest.approx(L * 2.0**2)
+    assert loss == pytest.approx(hinges + share * (3 - 0.5) + 0.5 * L * 2.0**2)
+    assert (metrics["discriminator/real/0"], metrics["discriminator/fake/0"]) == (0.5, -0.5)
+    accuracy = sum(float(metrics[f"discriminator/accuracy/{i}/sum"]) for i in range(4))
+    assert accuracy == 2 * B and metrics["discriminator/active"] == 1
 
 
 def test_losses_by_numbers():
