@@ -47,9 +47,11 @@ from kontext_jax.terminal import load_config
 from kontext_jax.training import config as train_config
 from kontext_jax.training import loop as train_loop
 from kontext_jax.training.tasks import table as task_table
-from kontext_jax.training.tasks.flow_matching import FlowMatchingTask
+from kontext_jax.training.tasks.base import Task
+from kontext_jax.training.tasks.flow_matching import train_by_flow_matching
+from kontext_jax.training.tasks.student import whole
+from kontext_jax.training.tasks.transformer import open_network
 from kontext_jax.trees import unflatten
-from kontext_jax.weights.bundle import Component
 from kontext_jax.weights.run import open_run
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
@@ -104,21 +106,13 @@ def variant_velocity_fn(variant: str, model: MMDiT, params, cond: Conditioning, 
     return make_velocity_fn(model, params, cond)
 
 
-class VariantTask(FlowMatchingTask):
-    """Trains a variant; the loop does not know."""
+def variant_task(variant: str, config: train_config.TrainConfig, open_weights) -> Task:
+    """The task that trains a variant; the loop does not know."""
+    opened = open_network(config, open_weights)
+    model = opened.model.clone(config=network(variant, opened.model.config))
 
-    variant = "base"
-
-    def __init__(self, config, open_weights):
-        super().__init__(config, open_weights)
-        plain = self._model
-        self._model = plain.clone(config=network(self.variant, plain.config))
-
-    def load_params(self, place):
-        if self.variant != "channel concat":
-            return super().load_params(place)
-        mmdit: Component = self._start.components["mmdit"]
-        params = mmdit.load(dtype=np.float32)
+    def load(place) -> dict:
+        params = opened.start.load(dtype=np.float32)
         kernel = np.asarray(params["img_in"]["kernel"])
         params["img_in"]["kernel"] = np.concatenate([kernel, np.zeros_like(kernel)])
 
@@ -128,11 +122,16 @@ class VariantTask(FlowMatchingTask):
 
         return jax.tree_util.tree_map_with_path(put, params)
 
-    def _velocity_fn(self, params, frozen, cond):
+    def velocity_fn(params, frozen, cond):
         num_target = cond.pe.shape[-2] - cond.txt.shape[1]
         if cond.ctx is not None:
             num_target -= cond.ctx.shape[1]
-        return variant_velocity_fn(self.variant, self._model, params, cond, num_target)
+        return variant_velocity_fn(variant, model, params, cond, num_target)
+
+    student = whole(model, opened.start)._replace(velocity_fn=velocity_fn)
+    if variant == "channel concat":
+        student = student._replace(load=load)
+    return train_by_flow_matching(config, opened, student)
 
 
 class VariantModel(Model):
@@ -194,7 +193,7 @@ def train_variant(runs: Path, variant: str, seed: int, steps: int, say=print) ->
         *VARIANTS[variant],
     ]
     config = train_config.parse(load_config(str(CONFIG)), settings)
-    task_table.TASKS["flow_matching"] = type("Task", (VariantTask,), {"variant": variant})
+    task_table.TASKS["flow_matching"] = functools.partial(variant_task, variant)
     train_loop.train(config, str(run), open_weights=lambda p: open_weights(p, complete=False))
     return run
 

@@ -19,11 +19,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from beartype import beartype
 from jaxtyping import Array, Bool, Float, Int, UInt8, jaxtyped
 
 Params = dict[str, Any]
 """A plain nested dict of arrays; the leaves of what Flax calls the "params" collection."""
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+"""Dtypes in which networks compute, by the names that settings and flags have for them."""
 
 Tokens = Float[Array, "B L C"]
 Latents = Float[Array, "B latent_height latent_width Z"]
@@ -45,6 +49,7 @@ def typed(function: Callable) -> Callable:
 
 
 __all__ = [
+    "DTYPES",
     "Array",
     "Bool",
     "Float",

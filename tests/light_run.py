@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from light_task import ColourFeed, LightTask
+from light_task import ColourFeed, light_task
 
 from kontext_jax.training.tasks.table import TASKS
 
@@ -20,14 +20,15 @@ class SlowFeed(ColourFeed):
         return super().__call__(batch)
 
 
-class SlowTask(LightTask):
-    def make_feed(self, devices, null_text):
-        return SlowFeed(devices, self.poison)
+def slow_task(config, open_weights):
+    return light_task(config, open_weights)._replace(
+        make_feed=lambda devices, null_text: SlowFeed(devices, ())
+    )
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import train
 
-    TASKS["flow_matching"] = SlowTask
+    TASKS["flow_matching"] = slow_task
     sys.exit(train.main())

@@ -14,7 +14,7 @@ from kontext_jax.objectives.base import Objective, make_gradient_step, sample_ke
 from kontext_jax.objectives.state import make_train_state
 from kontext_jax.pictures.latents import pixels_to_model
 from kontext_jax.runtime.sharding import shard_batch
-from kontext_jax.training.tasks.base import Work
+from kontext_jax.training.tasks.base import Task, Work
 
 
 @flax.struct.dataclass
@@ -23,62 +23,49 @@ class Colours:
     after: jax.Array  # [B, 3]
 
 
-class LightTask:
-    """See the head of this file. A sample whose id ends with one of `poison` makes the loss NaN."""
+def light_task(config, open_weights, poison: tuple[str, ...] = ()) -> Task:
+    """See the head of this file; a sample whose id ends with one of `poison` makes the loss NaN."""
+    del open_weights
+    optimizer = optax.adam(config.optimizer.learning_rate)
 
-    poison: frozenset[str] = frozenset()
+    def start(params):
+        return make_train_state(params, optimizer, with_ema=config.ema_decay > 0)
 
-    def __init__(self, config, open_weights):
-        del open_weights
-        self.sources = ["colours: drawn afresh"]
-        self._optimizer = optax.adam(config.optimizer.learning_rate)
-        self._ema = config.ema_decay > 0
+    def loss_fn(params, frozen, batch, key, sample_index):
+        keys = sample_keys(key, "noise", sample_index)
+        noise = jax.vmap(lambda k: jax.random.normal(k, (3,)))(keys)
+        error = batch.before @ params["kernel"] + 0.1 * noise - batch.after
+        return jnp.mean(error**2), {"noise": jnp.mean(noise)}
 
-        def loss_fn(params, frozen, batch, key, sample_index):
-            keys = sample_keys(key, "noise", sample_index)
-            noise = jax.vmap(lambda k: jax.random.normal(k, (3,)))(keys)
-            error = batch.before @ params["kernel"] + 0.1 * noise - batch.after
-            return jnp.mean(error**2), {"noise": jnp.mean(noise)}
+    def evaluate(params, frozen, batch, key):
+        count = batch.after.shape[0]
+        loss, metrics = loss_fn(params, frozen, batch, key, jnp.arange(count))
+        return metrics | {"loss/sum": loss * count, "loss/count": jnp.float32(count)}
 
-        def evaluate(params, frozen, batch, key):
-            count = batch.after.shape[0]
-            loss, metrics = loss_fn(params, frozen, batch, key, jnp.arange(count))
-            return metrics | {"loss/sum": loss * count, "loss/count": jnp.float32(count)}
-
-        self.objective = Objective(
-            init=lambda key: self.start({"kernel": jax.random.normal(key, (3, 3))}),
-            step=make_gradient_step(
-                loss_fn,
-                self._optimizer,
-                ema_decay=config.ema_decay,
-                accumulate_steps=config.accumulate_steps,
-            ),
-            evaluate=evaluate,
-        )
-
-    def load_params(self, place):
-        return None
-
-    def start(self, params):
-        return make_train_state(params, self._optimizer, with_ema=self._ema)
-
-    def frozen_shapes(self):
-        return {}
-
-    def load_frozen(self, place):
-        return {}
-
-    def data_facts(self):
-        return {}
-
-    def peak_flops(self, mesh):
-        return 1e12
-
-    def work(self, batch):
-        return Work(len(batch.after), 3 * len(batch.after), 1e6)
-
-    def make_feed(self, devices, null_text):
-        return ColourFeed(devices, self.poison)
+    objective = Objective(
+        init=lambda key: start({"kernel": jax.random.normal(key, (3, 3))}),
+        step=make_gradient_step(
+            loss_fn,
+            optimizer,
+            ema_decay=config.ema_decay,
+            accumulate_steps=config.accumulate_steps,
+        ),
+        evaluate=evaluate,
+    )
+    colours = jax.ShapeDtypeStruct((config.batch_size, 3), jnp.float32)
+    return Task(
+        objective=objective,
+        sources=("colours: drawn afresh",),
+        load_params=lambda place: None,
+        start=start,
+        frozen_shapes=dict,
+        load_frozen=lambda place: {},
+        data_facts=dict,
+        make_feed=lambda devices, null_text: ColourFeed(devices, poison),
+        abstract_batch=lambda batch_size, size, num_references: Colours(colours, colours),
+        peak_flops=lambda mesh: 1e12,
+        work=lambda batch: Work(len(batch.after), 3 * len(batch.after), 1e6),
+    )
 
 
 class ColourFeed:

@@ -54,6 +54,7 @@ class Coder(NamedTuple):
     # params → those of that convolution
 
 
+PerceptualNet = Literal["alexnet", "vgg16"]
 Perceptual = Callable[[Any, jax.Array, jax.Array], jax.Array]
 """`perceptual(frozen, a, b) -> [B]`, the LPIPS of pictures in [-1, 1]."""
 
@@ -90,7 +91,7 @@ class AutoencoderConfig:
     mse_weight: float = 0.0
     kl_weight: float = 1e-6
     perceptual_weight: float = 0.0
-    perceptual_net: Literal["alexnet", "vgg16"] = "alexnet"
+    perceptual_net: PerceptualNet = "alexnet"
     adversarial_weight: float = 0.0
     adversarial_start_step: int = 50_000
     adversarial_loss: AdversarialLoss = "hinge"

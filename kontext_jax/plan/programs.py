@@ -25,11 +25,11 @@ from kontext_jax.runtime.programs import Program
 from kontext_jax.runtime.sharding import tree_bytes
 from kontext_jax.training.config import DISTILLATIONS, TrainConfig
 from kontext_jax.training.programs import step_program
-from kontext_jax.training.tasks.base import DTYPES, abstract_state, check_batch_size
+from kontext_jax.training.tasks.base import abstract_state, check_batch_size
 from kontext_jax.training.tasks.table import make_task
-from kontext_jax.training.tasks.transformer import UNTRAINED
+from kontext_jax.types import DTYPES
 from kontext_jax.weights.bundle import parameter_shapes
-from kontext_jax.weights.untrained import untrained_bundle
+from kontext_jax.weights.untrained import UNTRAINED, untrained_bundle
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from kontext_jax.runtime.atomic import is_local
 from kontext_jax.storage import checksums
 
 FORMAT = 1
+CHECKPOINTS = "checkpoints"  # RUN/checkpoints/STEP
 MANIFEST, ARRAYS, DATA_STATE, CONFIG = "manifest.json", "arrays", "data_state.json", "config.json"
 
 

@@ -8,10 +8,10 @@ from etils import epath
 from kontext_jax.objectives.base import mean_metrics
 from kontext_jax.pictures.files import write_png
 from kontext_jax.runtime.atomic import write_text
+from kontext_jax.terminal import Tell
 from kontext_jax.training import config as train_config
 from kontext_jax.training.config import TrainConfig
 from kontext_jax.training.metrics import MetricLog, Progress, RunFiles, Speed
-from kontext_jax.training.tasks.base import Tell
 
 STANDINGS = ("skipped_total", "skipped_in_a_row")  # metrics whose last value tells, not the mean
 CONFIG_FILE, SAMPLES, PROFILE = "config.json", "samples", "profile"

@@ -31,7 +31,8 @@ from kontext_jax.runtime.sharding import (
     process_share,
     tree_bytes,
 )
-from kontext_jax.storage.step_folders import CheckpointError, find_damage
+from kontext_jax.storage.step_folders import CHECKPOINTS, CheckpointError, find_damage
+from kontext_jax.terminal import Tell
 from kontext_jax.training import config as train_config
 from kontext_jax.training import config_tree
 from kontext_jax.training.checkpoints import Checkpoints, config_difference
@@ -43,15 +44,14 @@ from kontext_jax.training.programs import evaluate_program, step_program
 from kontext_jax.training.sample_grid import first_rows, make_grid
 from kontext_jax.training.tasks.base import (
     Devices,
-    OpenWeights,
     Task,
-    Tell,
     abstract_state,
     check_batch_size,
 )
 from kontext_jax.training.tasks.table import make_task
+from kontext_jax.weights.bundle import OpenWeights
 
-CHECKPOINTS, INDEX = "checkpoints", "data_index"
+INDEX = "data_index"
 
 # What may be another when a run goes on: nothing that decides what is computed.
 FREE_SETTINGS = (

@@ -94,6 +94,10 @@ class ModelBundle:
     adapters: tuple[AppliedAdapter, ...] = ()
 
 
+OpenWeights = Callable[[str], ModelBundle]
+"""Path → the weights there; `convert_weights.open` has the one that opens all layouts."""
+
+
 def as_dtype(dtype) -> np.dtype | None:
     """A NumPy dtype from anything that names one, `"bfloat16"` included; None stays None."""
     return None if dtype is None else np.dtype(dtype)

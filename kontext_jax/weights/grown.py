@@ -5,6 +5,7 @@ import functools
 
 import numpy as np
 
+from kontext_jax.models.presets import MMDiTConfig
 from kontext_jax.storage.safetensors_reader import cast
 from kontext_jax.trees import flatten
 from kontext_jax.types import Params
@@ -18,6 +19,19 @@ from kontext_jax.weights.bundle import (
     read_edited,
 )
 from kontext_jax.weights.untrained import untrained_leaf
+
+
+def grown(component: Component, config: MMDiTConfig) -> tuple[Component, list[str]]:
+    """The transformer with what `config` has and it has not, and a line for each addition."""
+    additions = []
+    if config.guidance_embed and not component.config.guidance_embed:
+        component = with_guidance_input(component)
+        additions.append("an input for guidance added, its output zero")
+    count = config.out_channels // component.config.out_channels
+    if count > 1:
+        component = with_velocities(component, count)
+        additions.append(f"its last layer repeated for {count} velocities")
+    return component, additions
 
 
 def with_guidance_input(component: Component) -> Component:

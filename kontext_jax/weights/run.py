@@ -22,7 +22,7 @@ from etils import epath
 
 from kontext_jax.models.presets import PRESETS, Config, Preset
 from kontext_jax.storage import arrays, step_folders
-from kontext_jax.storage.step_folders import ARRAYS, CONFIG, CheckpointError
+from kontext_jax.storage.step_folders import ARRAYS, CHECKPOINTS, CONFIG, CheckpointError
 from kontext_jax.trees import flatten, unflatten
 from kontext_jax.weights.adapters import Adapter, adapter_from_tree, with_adapters
 from kontext_jax.weights.bundle import (
@@ -31,27 +31,25 @@ from kontext_jax.weights.bundle import (
     Component,
     Edits,
     ModelBundle,
+    OpenWeights,
     as_dtype,
     parameter_shapes,
     place_leaves,
     read_edited,
 )
 from kontext_jax.weights.card import CHECKS, defaults_of_run
-from kontext_jax.weights.untrained import untrained_bundle
+from kontext_jax.weights.untrained import UNTRAINED, untrained_bundle
 
 if TYPE_CHECKING:
     import jax
 
     from kontext_jax.types import Params
 
-CHECKPOINTS = "checkpoints"
-UNTRAINED = "untrained"  # in a run's settings, in place of a path to encoders
 # Setting of a run → the networks that it takes from there, later ones in place of earlier ones.
 USED = {"weights": KINDS, "encoders": ("vae", "t5", "clip"), "autoencoder_weights": ("vae",)}
 BATCH_BYTES = 2**28  # leaves read at once; larger ones are read alone
 ITEM_OF = {"ema": "ema_params", "params": "params"}
 TITLES = {"ema_params": "average of the parameters", "params": "parameters"}
-OpenWeights = Callable[[str], ModelBundle]
 Which = Literal["ema", "params"]
 
 

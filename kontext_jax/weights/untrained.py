@@ -29,6 +29,8 @@ from kontext_jax.weights.bundle import (
     read_edited,
 )
 
+UNTRAINED = "untrained"  # in place of a path to weights
+
 
 def untrained_bundle(preset_name: str) -> ModelBundle:
     """The preset with deterministic random weights: every part works, the pictures mean nothing.

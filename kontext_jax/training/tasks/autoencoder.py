@@ -1,33 +1,34 @@
-"""Training the autoencoder: what `training_tasks` asks of a task, for `objectives.autoencoder`."""
+"""Training the autoencoder: the task of `objectives.autoencoder`."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from kontext_jax.batches import ImageBatch
 from kontext_jax.models.judges.discriminators import PatchDiscriminator
 from kontext_jax.models.judges.perceptual import NETS, Perceptual
-from kontext_jax.models.presets import PRESETS
+from kontext_jax.models.presets import PRESETS, VAEConfig
 from kontext_jax.models.vae import VAE
 from kontext_jax.objectives.adversarial import Adversary
 from kontext_jax.objectives.autoencoder import (
     Coder,
+    PerceptualNet,
     PictureBatch,
     make_autoencoder,
     start_autoencoder,
 )
-from kontext_jax.objectives.base import Objective, use_key
+from kontext_jax.objectives.autoencoder import Perceptual as PerceptualLoss
+from kontext_jax.objectives.base import use_key
 from kontext_jax.objectives.state import TrainState
 from kontext_jax.pictures import latents
 from kontext_jax.runtime.sharding import shard_batch
 from kontext_jax.training.config import TrainConfig
 from kontext_jax.training.optimizer import make_optimizer, make_schedule
-from kontext_jax.training.tasks.base import DTYPES, Devices, OpenWeights, Work
-from kontext_jax.types import Params
-from kontext_jax.weights.bundle import Place
+from kontext_jax.training.tasks.base import NOTHING_FROZEN, Devices, Frozen, Task, Work
+from kontext_jax.types import DTYPES, Params
+from kontext_jax.weights.bundle import Component, OpenWeights, Place
 from kontext_jax.weights.perceptual import load_perceptual, perceptual_dir, perceptual_shapes
 
 
@@ -61,88 +62,100 @@ def make_adversary(config: TrainConfig) -> Adversary:
     )
 
 
-class AutoencoderTask:
+def autoencoder_task(config: TrainConfig, open_weights: OpenWeights) -> Task:
     """Trains the preset's autoencoder to reconstruct the targets of the data; references unused."""
-
-    objective: Objective
-    sources: list[str]
-
-    def __init__(self, config: TrainConfig, open_weights: OpenWeights):
-        self._config = config
-        start = open_weights(config.weights) if config.weights else None
-        self._start = start
-        given = PRESETS[config.preset].vae if start is None else start.components["vae"].config
-        vae_config = given.with_channels(config.autoencoder.z_channels)
-        if start is not None and vae_config != given:
-            raise ValueError(
-                f"autoencoder.z_channels is {vae_config.z_channels}, but {config.weights} has "
-                f"{given.z_channels}; leave it at 0, or begin without weights"
-            )
-        dtype = DTYPES[config.dtype]
-        self.vae = VAE(vae_config, dtype, remat=config.remat == "full")
-        self.sources = [f"autoencoder: {start.source if start else 'drawn afresh'}"]
-        self._optimizer = make_optimizer(config.optimizer, config.num_steps)
-        self._adversary = make_adversary(config) if config.autoencoder.adversarial_weight else None
-        self._net, perceptual = None, None
-        if config.autoencoder.perceptual_weight:
-            self._net = config.autoencoder.perceptual_net
-            network = Perceptual(NETS[self._net], dtype)
-            self.sources.append(f"perceptual network: {self._net}, {perceptual_dir()}")
-
-            def perceptual(frozen, a, b):
-                return network.apply({"params": frozen["perceptual"]}, a, b)[0]
-
-        side = 2 * vae_config.downsampling
-        self.objective = make_autoencoder(
-            coder_of(self.vae),
-            lambda key: self.vae.init(key, jnp.zeros((1, side, side, 3)))["params"],
-            self._optimizer,
-            config.autoencoder,
-            perceptual=perceptual,
-            adversary=self._adversary,
-            ema_decay=config.ema_decay,
-            accumulate_steps=config.accumulate_steps,
-            learning_rate=make_schedule(config.optimizer, config.num_steps),
+    bundle = open_weights(config.weights) if config.weights else None
+    start = None if bundle is None else bundle.components["vae"]
+    dtype = DTYPES[config.dtype]
+    vae = VAE(_sizes(config, start), dtype, remat=config.remat == "full")
+    sources = [f"autoencoder: {bundle.source if bundle else 'drawn afresh'}"]
+    optimizer = make_optimizer(config.optimizer, config.num_steps)
+    adversary = make_adversary(config) if config.autoencoder.adversarial_weight else None
+    perceptual, frozen = None, NOTHING_FROZEN
+    if config.autoencoder.perceptual_weight:
+        perceptual, frozen = judged_by(config.autoencoder.perceptual_net, dtype)
+        sources.append(
+            f"perceptual network: {config.autoencoder.perceptual_net}, {perceptual_dir()}"
         )
+    side = 2 * vae.config.downsampling
+    objective = make_autoencoder(
+        coder_of(vae),
+        lambda key: vae.init(key, jnp.zeros((1, side, side, 3)))["params"],
+        optimizer,
+        config.autoencoder,
+        perceptual=perceptual,
+        adversary=adversary,
+        ema_decay=config.ema_decay,
+        accumulate_steps=config.accumulate_steps,
+        learning_rate=make_schedule(config.optimizer, config.num_steps),
+    )
 
-    def load_params(self, place: Place) -> Params | None:
-        if self._start is None:
-            return None
-        return self._start.components["vae"].load(dtype=jnp.float32, device=place)
+    def load_params(place: Place) -> Params | None:
+        return None if start is None else start.load(dtype=jnp.float32, device=place)
 
-    def start(self, params: Params) -> TrainState:
+    def start_state(params: Params) -> TrainState:
         return start_autoencoder(
             params,
-            self._optimizer,
-            self._adversary,
-            use_key(jax.random.key(self._config.seed), "discriminator"),
-            with_ema=self._config.ema_decay > 0,
+            optimizer,
+            adversary,
+            use_key(jax.random.key(config.seed), "discriminator"),
+            with_ema=config.ema_decay > 0,
         )
 
-    def frozen_shapes(self) -> Any:
-        return {} if self._net is None else {"perceptual": perceptual_shapes(NETS[self._net])}
+    return Task(
+        objective=objective,
+        sources=tuple(sources),
+        load_params=load_params,
+        start=start_state,
+        frozen_shapes=frozen.shapes,
+        load_frozen=frozen.load,
+        data_facts=dict,
+        make_feed=lambda devices, null_text: PictureFeed(vae, devices),
+        abstract_batch=abstract_pictures,
+        peak_flops=lambda mesh: None,
+        work=work_on_pictures,
+    )
 
-    def load_frozen(self, place: Place) -> Any:
-        return {} if self._net is None else {"perceptual": load_perceptual(self._net, place)}
 
-    def data_facts(self) -> dict[str, Any]:
-        return {}
+def judged_by(name: PerceptualNet, dtype: jax.typing.DTypeLike) -> tuple[PerceptualLoss, Frozen]:
+    """LPIPS by a frozen network, and that network's weights, `frozen["perceptual"]`."""
+    network = Perceptual(NETS[name], dtype)
 
-    def make_feed(self, devices: Devices, null_text) -> "PictureFeed":
-        return PictureFeed(self.vae, devices)
+    def perceptual(frozen, a, b):
+        return network.apply({"params": frozen["perceptual"]}, a, b)[0]
 
-    def abstract_batch(
-        self, batch_size: int, size: tuple[int, int], num_references: int
-    ) -> PictureBatch:
-        width, height = size
-        return PictureBatch(jax.ShapeDtypeStruct((batch_size, height, width, 3), jnp.float32))
+    return perceptual, Frozen(
+        shapes=lambda: {"perceptual": perceptual_shapes(NETS[name])},
+        load=lambda place: {"perceptual": load_perceptual(name, place)},
+    )
 
-    def peak_flops(self, mesh: Mesh) -> float | None:
-        return None
 
-    def work(self, batch: PictureBatch) -> Work:
-        count, height, width, _ = batch.image.shape
-        return Work(count, count * latents.num_tokens(width, height), None)
+def abstract_pictures(batch_size: int, size: tuple[int, int], num_references: int) -> PictureBatch:
+    """Shapes of a batch of pictures of (width, height); references are not used."""
+    width, height = size
+    return PictureBatch(jax.ShapeDtypeStruct((batch_size, height, width, 3), jnp.float32))
+
+
+def work_on_pictures(batch: PictureBatch) -> Work:
+    """What a step on such a batch does; its operations are not counted."""
+    count, height, width, _ = batch.image.shape
+    return Work(count, count * latents.num_tokens(width, height), None)
+
+
+def _sizes(config: TrainConfig, start: Component | None) -> VAEConfig:
+    """The sizes of the autoencoder.
+
+    Raises:
+      ValueError: the config asks for other latents than the weights have.
+    """
+    given = PRESETS[config.preset].vae if start is None else start.config
+    wanted = given.with_channels(config.autoencoder.z_channels)
+    if start is not None and wanted != given:
+        raise ValueError(
+            f"autoencoder.z_channels is {wanted.z_channels}, but {config.weights} has "
+            f"{given.z_channels}; leave it at 0, or begin without weights"
+        )
+    return wanted
 
 
 class PictureFeed:

@@ -9,21 +9,20 @@ from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kontext_jax.models.parameter_sharding import state_shardings
 from kontext_jax.objectives.base import Objective
 from kontext_jax.objectives.state import TrainState
+from kontext_jax.runtime.chips import peak_flops
 from kontext_jax.runtime.programs import Executables, Program
 from kontext_jax.training.config import TrainConfig
 from kontext_jax.types import Params
-from kontext_jax.weights.bundle import ModelBundle, Place
+from kontext_jax.weights.bundle import OpenWeights, Place
 
-Tell = Callable[[str], None]
-OpenWeights = Callable[[str], ModelBundle]
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+NullText = tuple[np.ndarray, np.ndarray]
+"""Features of the empty prompt: txt [T, D] and vec [D]."""
 
 
 class Work(NamedTuple):
@@ -71,49 +70,64 @@ class Feed(Protocol):
 
     def sample(self, params: Params, frozen: Any, batch: Any) -> list[np.ndarray]:
         """Columns of a grid of pictures: float32 [B, height, width, 3] each, about [-1, 1]."""
+        ...
 
 
-class Task(Protocol):
-    """One kind of training.
+class Frozen(NamedTuple):
+    """Weights that the step needs and nobody trains.
+
+    Attributes:
+      shapes: () → shapes of what `load` gives.
+      load: place → the weights, each leaf straight to its place.
+    """
+
+    shapes: Callable[[], Any]
+    load: Callable[[Place], Any]
+
+
+NOTHING_FROZEN = Frozen(shapes=dict, load=lambda place: {})
+
+
+def peak_of_mesh(mesh: Mesh) -> float | None:
+    """Operations that all devices together can do in a second; None if unknown."""
+    peak = peak_flops(mesh.devices.flat[0].device_kind)
+    return None if peak is None else peak * mesh.size
+
+
+class Task(NamedTuple):
+    """One kind of training, as functions.
 
     Attributes:
       objective: what the loop runs.
-      sources: one line for each of its weights: what, and where from.
+      sources: one line for each of its weights: what they are, and where they come from.
+      load_params: place → the weights to start from, float32; None if `objective.init` draws them.
+      start: parameters → the state before the first step; pure.
+      frozen_shapes: () → shapes of what `load_frozen` gives.
+      load_frozen: place → the weights that the step needs and nobody trains.
+      data_facts: () → what encoded examples on disk must have been made by.
+      make_feed: (devices, features of the empty prompt, or None where examples come as pictures) →
+        what feeds the step; reads the frozen networks in front of the objective.
+      abstract_batch: (batch size, (width, height) of the target and of each reference, number of
+        references) → shapes of what the feed makes of a batch.
+      peak_flops: mesh → operations a second that `work` is measured against; None if unknown.
+      work: batch → what a training step on it does.
     """
 
     objective: Objective
-    sources: list[str]
+    sources: tuple[str, ...]
+    load_params: Callable[[Place], Params | None]
+    start: Callable[[Params], TrainState]
+    frozen_shapes: Callable[[], Any]
+    load_frozen: Callable[[Place], Any]
+    data_facts: Callable[[], dict[str, Any]]
+    make_feed: Callable[[Devices, NullText | None], Feed]
+    abstract_batch: Callable[[int, tuple[int, int], int], Any]
+    peak_flops: Callable[[Mesh], float | None]
+    work: Callable[[Any], Work]
 
-    def load_params(self, place: Place) -> Params | None:
-        """The weights to start from, float32; None to draw them by `objective.init`."""
 
-    def start(self, params: Params) -> TrainState:
-        """The state before the first step, from given parameters; pure."""
-
-    def frozen_shapes(self) -> Any:
-        """Shapes of what `load_frozen` reads."""
-
-    def load_frozen(self, place: Place) -> Any:
-        """What the step needs and nobody trains."""
-
-    def data_facts(self) -> dict[str, Any]:
-        """What encoded examples on disk must have been made by."""
-
-    def make_feed(self, devices: Devices, null_text: tuple[np.ndarray, np.ndarray] | None) -> Feed:
-        """Reads the frozen networks in front of the objective.
-
-        Args:
-          null_text: features of the empty prompt, where the examples come encoded.
-        """
-
-    def abstract_batch(self, batch_size: int, size: tuple[int, int], num_references: int) -> Any:
-        """Shapes of what the feed makes of a batch: targets and references of (width, height)."""
-
-    def peak_flops(self, mesh: Mesh) -> float | None:
-        """Operations that all devices together can do in a second; None if unknown."""
-
-    def work(self, batch: Any) -> Work:
-        """What a training step on such a batch does."""
+MakeTask = Callable[[TrainConfig, OpenWeights], Task]
+"""Config and what opens weights → the task; nothing is read but headers of weights."""
 
 
 def check_batch_size(config: TrainConfig, num_shards: int) -> None:

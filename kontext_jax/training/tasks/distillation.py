@@ -1,7 +1,11 @@
-"""Tasks whose transformer learns from another, frozen one."""
+"""Tasks whose transformer learns from another, frozen one.
+
+The student starts from `config.weights`, with what the preset has and they have not: an input for
+guidance, several velocities. The teacher is `config.teacher`, or the same weights; its parameters
+are `frozen["teacher"]`, in the compute dtype.
+"""
 
 import dataclasses
-from typing import Any
 
 from kontext_jax.batches import TokenBatch
 from kontext_jax.flow.guidance import cfg
@@ -12,12 +16,20 @@ from kontext_jax.objectives.guidance_distillation import (
     teacher_velocities,
 )
 from kontext_jax.objectives.policy_distillation import make_policy_distillation
+from kontext_jax.objectives.state import make_train_state
 from kontext_jax.training import config_tree
 from kontext_jax.training.config import TrainConfig
-from kontext_jax.training.tasks.base import OpenWeights, Work
-from kontext_jax.training.tasks.transformer import TransformerTask
+from kontext_jax.training.optimizer import make_optimizer
+from kontext_jax.training.tasks.base import Frozen, Task
+from kontext_jax.training.tasks.student import predict_by, whole
+from kontext_jax.training.tasks.transformer import (
+    Network,
+    open_network,
+    step_options,
+    transformer_task,
+)
 from kontext_jax.training.teacher import NO_GUIDANCE, Teacher
-from kontext_jax.weights.bundle import ModelBundle, Place
+from kontext_jax.weights.bundle import OpenWeights
 from kontext_jax.weights.card import defaults_of_run
 
 # What a teacher and its student must share, since both are given the same tokens and positions.
@@ -27,90 +39,109 @@ SHARED_SIZES = (
 )
 
 
-class DistillationTask(TransformerTask):
-    """A student, and its teacher in `frozen["teacher"]`; a subclass sets `objective`.
+def open_with_teacher(config: TrainConfig, open_weights: OpenWeights) -> tuple[Network, Teacher]:
+    """Opens the weights of a student and of its teacher.
 
-    The student starts from `config.weights`, and with what the preset has and they have not: an
-    input for guidance, several velocities. The teacher is `config.teacher`, or the same weights;
-    its parameters are kept in the compute dtype.
+    Raises:
+      ValueError: the two take other tokens, or a transformer is missing.
     """
-
-    def __init__(self, config: TrainConfig, open_weights: OpenWeights):
-        super().__init__(config, open_weights, grows=True)
-        # Samples are drawn as the student's own defaults will say.
-        own = defaults_of_run(config_tree.to_dict(config), {})
-        self._preset = dataclasses.replace(self._preset, **own)
-        bundle: ModelBundle = open_weights(config.teacher) if config.teacher else self._start
-        self._teacher = Teacher(bundle, self._dtype, self._backend, config.remat)
-        channels = self._preset.mmdit.out_channels // self._preset.num_velocities
-        _check_sizes(self._teacher, dataclasses.replace(self._preset.mmdit, out_channels=channels))
-        self.sources.insert(1, f"teacher: {self._teacher.source}")
-
-    def frozen_shapes(self) -> Any:
-        return {"teacher": self._teacher.shapes()}
-
-    def load_frozen(self, place: Place) -> Any:
-        return {"teacher": self._teacher.load(place)}
+    network = open_network(config, open_weights, grows=True)
+    # Samples are drawn as the student's own defaults will say.
+    own = defaults_of_run(config_tree.to_dict(config), {})
+    preset = dataclasses.replace(network.preset, **own)
+    bundle = open_weights(config.teacher) if config.teacher else network.bundle
+    model = network.model
+    teacher = Teacher(bundle, model.dtype, model.attention_backend, config.remat)
+    channels = preset.mmdit.out_channels // preset.num_velocities
+    _check_sizes(teacher, dataclasses.replace(preset.mmdit, out_channels=channels))
+    transformer, *others = network.sources
+    sources = (transformer, f"teacher: {teacher.source}", *others)
+    return network._replace(preset=preset, sources=sources), teacher
 
 
-class GuidanceDistillationTask(DistillationTask):
+def frozen_teacher(teacher: Teacher) -> Frozen:
+    """The teacher's weights as the step is given them: `frozen["teacher"]`."""
+    return Frozen(
+        shapes=lambda: {"teacher": teacher.shapes()},
+        load=lambda place: {"teacher": teacher.load(place)},
+    )
+
+
+def guidance_distillation_task(config: TrainConfig, open_weights: OpenWeights) -> Task:
     """Guidance into the transformer's own input, by `objectives.guidance_distillation`."""
+    network, teacher = open_with_teacher(config, open_weights)
+    student = whole(network.model, network.start)
+    optimizer = make_optimizer(config.optimizer, config.num_steps)
 
-    def __init__(self, config: TrainConfig, open_weights: OpenWeights):
-        super().__init__(config, open_weights)
-        self.objective = make_guidance_distillation(
-            self._predict,
-            self._teach,
-            self._init_trained,
-            self._optimizer,
-            config.guidance_distillation,
-            **self._step_options(),
-        )
+    def teach(frozen, x_t, t, batch: TokenBatch):
+        return teacher.velocity(frozen["teacher"], x_t, t, batch)
 
-    def _teach(self, frozen, x_t, t, batch: TokenBatch):
-        return self._teacher.velocity(frozen["teacher"], x_t, t, batch)
+    def step_flops(num_text: int, num_image: int) -> float:
+        forward = mmdit_flops(network.preset.mmdit, num_text, num_image)
+        return forward.training() + 2 * forward.forward  # two predictions of the teacher
 
-    def work(self, batch: TokenBatch) -> Work:
-        images, tokens, forward = self._forward(batch)
-        flops = forward.training() + 2 * forward.forward  # two predictions of the teacher
-        return Work(images, images * tokens, images * flops)
+    objective = make_guidance_distillation(
+        predict_by(student),
+        teach,
+        student.init,
+        optimizer,
+        config.guidance_distillation,
+        **step_options(config),
+    )
+    return transformer_task(
+        config,
+        network,
+        student,
+        objective,
+        start=lambda params: make_train_state(params, optimizer, with_ema=config.ema_decay > 0),
+        frozen=frozen_teacher(teacher),
+        step_flops=step_flops,
+    )
 
 
-class PolicyDistillationTask(DistillationTask):
+def policy_distillation_task(config: TrainConfig, open_weights: OpenWeights) -> Task:
     """Few steps, each along a policy, by `objectives.policy_distillation`."""
+    network, teacher = open_with_teacher(config, open_weights)
+    student = whole(network.model, network.start)
+    optimizer = make_optimizer(config.optimizer, config.num_steps)
+    guidance = config.policy_distillation.guidance
+    is_told = teacher.config.guidance_embed
+    num_passes = 1 if is_told or guidance == NO_GUIDANCE else 2
 
-    def __init__(self, config: TrainConfig, open_weights: OpenWeights):
-        super().__init__(config, open_weights)
-        self._guidance = config.policy_distillation.guidance
-        self._is_told = self._teacher.config.guidance_embed
-        self._num_passes = 1 if self._is_told or self._guidance == NO_GUIDANCE else 2
-        self.objective = make_policy_distillation(
-            self._predict,
-            self._teach,
-            self._init_trained,
-            self._optimizer,
-            config.policy_distillation,
-            takes_guidance=self._preset.mmdit.guidance_embed,
-            **self._step_options(),
-        )
+    def velocity(frozen, x_t, t, batch: TokenBatch):
+        told = guidance if is_told else NO_GUIDANCE
+        return teacher.velocity(frozen["teacher"], x_t, t, batch, told)
 
-    def _teach(self, frozen, x_t, t, batch: TokenBatch):
-        def velocity(frozen, x_t, t, batch):
-            told = self._guidance if self._is_told else NO_GUIDANCE
-            return self._teacher.velocity(frozen["teacher"], x_t, t, batch, told)
-
-        if self._num_passes == 1:
+    def teach(frozen, x_t, t, batch: TokenBatch):
+        if num_passes == 1:
             return velocity(frozen, x_t, t, batch)
         both = teacher_velocities(velocity, frozen, x_t, t, batch)
-        return cfg(*both, x_t, t, self._guidance)
+        return cfg(*both, x_t, t, guidance)
 
-    def work(self, batch: TokenBatch) -> Work:
-        images, tokens, forward = self._forward(batch)
-        num_text = batch.txt.shape[1]
-        taught = mmdit_flops(self._teacher.config, num_text, tokens - num_text)
-        passes = self._num_passes * self._config.policy_distillation.teacher_times
-        flops = forward.training() + passes * taught.forward
-        return Work(images, images * tokens, images * flops)
+    def step_flops(num_text: int, num_image: int) -> float:
+        forward = mmdit_flops(network.preset.mmdit, num_text, num_image)
+        taught = mmdit_flops(teacher.config, num_text, num_image)
+        passes = num_passes * config.policy_distillation.teacher_times
+        return forward.training() + passes * taught.forward
+
+    objective = make_policy_distillation(
+        predict_by(student),
+        teach,
+        student.init,
+        optimizer,
+        config.policy_distillation,
+        takes_guidance=network.preset.mmdit.guidance_embed,
+        **step_options(config),
+    )
+    return transformer_task(
+        config,
+        network,
+        student,
+        objective,
+        start=lambda params: make_train_state(params, optimizer, with_ema=config.ema_decay > 0),
+        frozen=frozen_teacher(teacher),
+        step_flops=step_flops,
+    )
 
 
 def _check_sizes(teacher: Teacher, student: MMDiTConfig) -> None:

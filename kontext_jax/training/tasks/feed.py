@@ -1,49 +1,78 @@
 """What feeds tasks of the transformer: frozen encoders in front, samples behind."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kontext_jax.batches import EncodedBatch, ImageBatch, TokenBatch
+from kontext_jax.batches import Conditioning, EncodedBatch, ImageBatch, TokenBatch
 from kontext_jax.flow.path import sampling_schedule
 from kontext_jax.flow.samplers import initial_noise, make_sampler, seed_words
 from kontext_jax.models import conditioning
 from kontext_jax.models.conditioning import encode_batch, tokens_of
+from kontext_jax.models.presets import Preset
 from kontext_jax.models.tokenizing import Tokenizers
 from kontext_jax.objectives.base import num_samples
 from kontext_jax.pictures import latents
 from kontext_jax.runtime.sharding import batch_shardings, shard_batch
-from kontext_jax.training.tasks.base import Devices
-from kontext_jax.types import Params
+from kontext_jax.training.tasks.base import Devices, NullText
+from kontext_jax.types import Params, VelocityFn
+from kontext_jax.weights.bundle import ModelBundle
 from kontext_jax.weights.encoders import load_encoder_params
 
 
-class TokenFeed:
-    """Encodes pictures and prompts by frozen networks, and samples from what is trained."""
+class Samples(NamedTuple):
+    """How pictures are drawn from what is trained.
 
-    def __init__(self, task: "TransformerTask", devices: Devices, null_text):
-        config, preset = task._config, task._preset
-        self._task, self._devices = task, devices
-        self._max_text_tokens = preset.max_text_tokens
-        bundle = task._encoders
-        self._networks = conditioning.make_encoders(preset, task._dtype)
+    Attributes:
+      velocity_fn: (params, frozen, conditioning) → the network as a function of tokens and time.
+      num_steps: sampling steps.
+      guidance: guidance input, for a network that takes one.
+      seed: seed of the first picture's noise; each next picture has the next number.
+    """
+
+    velocity_fn: Callable[[Params, Any, Conditioning], VelocityFn]
+    num_steps: int
+    guidance: float
+    seed: int
+
+
+class TokenFeed:
+    """Encodes pictures and prompts by frozen networks, and samples from what is trained.
+
+    Args:
+      preset: sizes of the networks, and how its model is sampled.
+      encoders: the frozen networks on disk; read here, as far as they are needed.
+      dtype: in which they compute.
+      null_text: features of the empty prompt, where the examples come encoded; None to encode it.
+      samples: None if `sample` is never called.
+    """
+
+    def __init__(
+        self,
+        preset: Preset,
+        encoders: ModelBundle,
+        dtype: jax.typing.DTypeLike,
+        devices: Devices,
+        null_text: NullText | None,
+        samples: Samples | None,
+    ):
+        self._preset, self._devices, self._samples = preset, devices, samples
+        self._networks = conditioning.make_encoders(preset, dtype)
         if null_text is None:
-            self._tokenizers = Tokenizers(**bundle.tokenizer_dirs)
+            self._tokenizers = Tokenizers(**encoders.tokenizer_dirs)
             self._tokenizers.check_fit(preset.t5, preset.clip)
-            self._params = load_encoder_params(bundle, task._dtype, devices.place)
+            self._params = load_encoder_params(encoders, dtype, devices.place)
             null_text = conditioning.null_text(
-                self._networks, self._params, self._tokenizers, self._max_text_tokens
+                self._networks, self._params, self._tokenizers, preset.max_text_tokens
             )
-        elif config.eval.sample_every_steps:
-            vae = bundle.components["vae"]
+        elif samples is not None:
+            vae = encoders.components["vae"]
             self._params = {"vae": vae.load(dtype=jnp.float32, device=devices.place)}
         everywhere = devices.everywhere
         self._null = jax.jit(lambda x: x, out_shardings=everywhere)(null_text)
-        self._guidance = config.eval.sample_guidance
-        self._num_steps = config.eval.sample_num_steps or preset.default_num_steps or 28
-        self._seed = config.seed
 
     def __call__(self, batch: ImageBatch | EncodedBatch) -> TokenBatch:
         return self._tokens(self._encode(batch))
@@ -52,7 +81,7 @@ class TokenFeed:
         """Jit 1: the frozen networks, on each device's share of the batch."""
         if isinstance(batch, EncodedBatch):
             return shard_batch(self._devices.mesh, batch)
-        ids, _ = self._tokenizers.tokenize(batch.prompts, self._max_text_tokens)
+        ids, _ = self._tokenizers.tokenize(batch.prompts, self._preset.max_text_tokens)
         given = shard_batch(self._devices.mesh, (batch.target, batch.contexts, ids))
 
         def make():
@@ -65,12 +94,12 @@ class TokenFeed:
     def _tokens(self, encoded: EncodedBatch) -> TokenBatch:
         def make():
             return lambda encoded, null_txt, null_vec: tokens_of(
-                encoded, null_txt, null_vec, self._task._preset.mmdit
+                encoded, null_txt, null_vec, self._preset.mmdit
             )
 
         return self._run("tokens", make, encoded, *self._null)
 
-    def _run(self, name: str, make, *args):
+    def _run(self, name: Any, make: Callable[[], Callable], *args: Any) -> Any:
         """A program whose results are split as batches are."""
 
         def split(results):
@@ -83,21 +112,22 @@ class TokenFeed:
         encoded = self._encode(batch)
         tokens = self._tokens(encoded)
         size = encoded.x0.shape[1:3]
-        model, count = self._task._model, num_samples(tokens)
-        seeds = [self._seed + i for i in range(count)]
+        preset, samples, count = self._preset, self._samples, num_samples(tokens)
+        seeds = [samples.seed + i for i in range(count)]
         noise = latents.pack(initial_noise(seeds, *size, encoded.x0.shape[3]))
-        preset, num_steps = self._task._preset, self._num_steps
-        own = preset.timesteps_of(num_steps)
-        timesteps = sampling_schedule(num_steps, noise.shape[1], preset.shift_timesteps, own)
+        own = preset.timesteps_of(samples.num_steps)
+        timesteps = sampling_schedule(
+            samples.num_steps, noise.shape[1], preset.shift_timesteps, own
+        )
         sampler = make_sampler(preset.default_sampler, seed_words(seeds))
 
         def make():
             def run(params, frozen, tokens, noise, timesteps):
                 guidance = None
-                if model.config.guidance_embed:
-                    guidance = jnp.full(count, self._guidance, jnp.float32)
+                if preset.mmdit.guidance_embed:
+                    guidance = jnp.full(count, samples.guidance, jnp.float32)
                 cond = conditioning.of_batch(tokens, guidance)
-                velocity_fn = self._task._velocity_fn(params, frozen, cond)
+                velocity_fn = samples.velocity_fn(params, frozen, cond)
                 return latents.unpack(sampler(velocity_fn, noise, timesteps), *size)
 
             return run

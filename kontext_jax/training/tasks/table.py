@@ -1,20 +1,22 @@
 """Objective → the task that trains it."""
 
-from collections.abc import Callable
-
 from kontext_jax.training.config import TrainConfig
-from kontext_jax.training.tasks.autoencoder import AutoencoderTask
-from kontext_jax.training.tasks.base import OpenWeights, Task
-from kontext_jax.training.tasks.distillation import GuidanceDistillationTask, PolicyDistillationTask
-from kontext_jax.training.tasks.flow_matching import FlowMatchingTask
-from kontext_jax.training.tasks.ladd import LADDTask
+from kontext_jax.training.tasks.autoencoder import autoencoder_task
+from kontext_jax.training.tasks.base import MakeTask, Task
+from kontext_jax.training.tasks.distillation import (
+    guidance_distillation_task,
+    policy_distillation_task,
+)
+from kontext_jax.training.tasks.flow_matching import flow_matching_task
+from kontext_jax.training.tasks.ladd import ladd_task
+from kontext_jax.weights.bundle import OpenWeights
 
-TASKS: dict[str, Callable[[TrainConfig, OpenWeights], Task]] = {
-    "flow_matching": FlowMatchingTask,
-    "guidance_distillation": GuidanceDistillationTask,
-    "ladd": LADDTask,
-    "policy_distillation": PolicyDistillationTask,
-    "autoencoder": AutoencoderTask,
+TASKS: dict[str, MakeTask] = {
+    "flow_matching": flow_matching_task,
+    "guidance_distillation": guidance_distillation_task,
+    "ladd": ladd_task,
+    "policy_distillation": policy_distillation_task,
+    "autoencoder": autoencoder_task,
 }
 
 

@@ -14,7 +14,6 @@ from interrupted_runs import run_whole_and_broken
 
 from kontext_jax.data.config import DataConfig
 from kontext_jax.data.mixing import MixedBatches
-from kontext_jax.models import conditioning
 from kontext_jax.models.flops import mmdit_flops
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.objectives.guidance_distillation import GuidanceDistillationConfig
@@ -23,6 +22,7 @@ from kontext_jax.training import config as train_config
 from kontext_jax.training.checkpoints import CheckpointConfig
 from kontext_jax.training.config import EvalConfig, TrainConfig
 from kontext_jax.training.loop import dry_run
+from kontext_jax.training.tasks import transformer
 from kontext_jax.training.tasks.table import make_task
 from kontext_jax.trees import flatten
 from kontext_jax.weights.run import training_bundle
@@ -142,7 +142,7 @@ def encoded(tmp_path_factory):
 
 
 def test_a_dry_run_reads_real_and_synthetic_examples(encoded, tmp_path, monkeypatch):
-    monkeypatch.setattr(conditioning, "encoder_facts", lambda bundle, tokens: {"max": 128})
+    monkeypatch.setattr(transformer, "encoder_facts", lambda bundle, tokens: {"max": 128})
     real = str(encoded / "real")
     data = dataclasses.replace(TINY.data, cache=real, synthetic_cache=str(encoded / "guided"))
     config = dataclasses.replace(
