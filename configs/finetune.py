@@ -20,26 +20,24 @@ from kontext_jax.data.config import DataConfig
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig
 from kontext_jax.runtime.sharding import MeshConfig
 from kontext_jax.training.checkpoints import CheckpointConfig
-from kontext_jax.training.config import REQUIRED, LogConfig, TrainConfig, config_dict
+from kontext_jax.training.config import REQUIRED, LogConfig, TrainConfig
 from kontext_jax.training.optimizer import OptimizerConfig
 
 
-def get_config():
-    return config_dict(
-        TrainConfig(
-            preset="kontext-dev",
-            weights=REQUIRED,
-            num_steps=4000,
-            batch_size=32,
-            accumulate_steps=4,
-            ema_decay=0.999,
-            flow=FlowMatchingConfig(
-                timestep_mode="flux_linear", text_dropout=0.1, guidance="fixed", guidance_value=1.0
-            ),
-            optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=100),
-            data=DataConfig(sources=(REQUIRED,), fraction_with_references=1.0),
-            mesh=MeshConfig(fsdp=-1),
-            checkpoint=CheckpointConfig(every_steps=500, keep_last=2),
-            log=LogConfig(every_steps=10),
-        )
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        preset="kontext-dev",
+        weights=REQUIRED,
+        num_steps=4000,
+        batch_size=32,
+        accumulate_steps=4,
+        ema_decay=0.999,
+        flow=FlowMatchingConfig(
+            timestep_mode="flux_linear", text_dropout=0.1, guidance="fixed", guidance_value=1.0
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=100),
+        data=DataConfig(sources=(REQUIRED,), fraction_with_references=1.0),
+        mesh=MeshConfig(fsdp=-1),
+        checkpoint=CheckpointConfig(every_steps=500, keep_last=2),
+        log=LogConfig(every_steps=10),
     )

@@ -20,27 +20,25 @@ from kontext_jax.data.config import DataConfig
 from kontext_jax.objectives.guidance_distillation import GuidanceDistillationConfig
 from kontext_jax.runtime.sharding import MeshConfig
 from kontext_jax.training.checkpoints import CheckpointConfig
-from kontext_jax.training.config import REQUIRED, LogConfig, TrainConfig, config_dict
+from kontext_jax.training.config import REQUIRED, LogConfig, TrainConfig
 from kontext_jax.training.optimizer import OptimizerConfig
 
 
-def get_config():
-    return config_dict(
-        TrainConfig(
-            objective="guidance_distillation",
-            preset="kontext-dev",
-            weights=REQUIRED,
-            encoders=REQUIRED,
-            num_steps=10_000,
-            batch_size=256,
-            accumulate_steps=4,
-            remat="save_products",
-            ema_decay=0.999,
-            guidance_distillation=GuidanceDistillationConfig(timestep_mode="flux_linear"),
-            optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=500),
-            data=DataConfig(cache=REQUIRED, synthetic_cache=REQUIRED, synthetic_share=0.5),
-            mesh=MeshConfig(data=-1, fsdp=32),
-            checkpoint=CheckpointConfig(every_steps=1000, keep_every=5000),
-            log=LogConfig(every_steps=10),
-        )
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        objective="guidance_distillation",
+        preset="kontext-dev",
+        weights=REQUIRED,
+        encoders=REQUIRED,
+        num_steps=10_000,
+        batch_size=256,
+        accumulate_steps=4,
+        remat="save_products",
+        ema_decay=0.999,
+        guidance_distillation=GuidanceDistillationConfig(timestep_mode="flux_linear"),
+        optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=500),
+        data=DataConfig(cache=REQUIRED, synthetic_cache=REQUIRED, synthetic_share=0.5),
+        mesh=MeshConfig(data=-1, fsdp=32),
+        checkpoint=CheckpointConfig(every_steps=1000, keep_every=5000),
+        log=LogConfig(every_steps=10),
     )

@@ -19,27 +19,25 @@ from kontext_jax.data.config import DataConfig
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig
 from kontext_jax.runtime.sharding import MeshConfig
 from kontext_jax.training.checkpoints import CheckpointConfig
-from kontext_jax.training.config import REQUIRED, LogConfig, TrainConfig, config_dict
+from kontext_jax.training.config import REQUIRED, LogConfig, TrainConfig
 from kontext_jax.training.optimizer import OptimizerConfig
 
 
-def get_config():
-    return config_dict(
-        TrainConfig(
-            preset="kontext-base",
-            weights=REQUIRED,
-            encoders=REQUIRED,
-            num_steps=50_000,
-            batch_size=256,
-            accumulate_steps=4,
-            # Policy and mesh as in kontext_joint, for its reasons.
-            remat="save_products",
-            ema_decay=0.9999,
-            flow=FlowMatchingConfig(timestep_mode="flux_linear", text_dropout=0.1),
-            optimizer=OptimizerConfig(learning_rate=5e-5, warmup_steps=1000),
-            data=DataConfig(sources=(REQUIRED,), fraction_with_references=1.0, workers=16),
-            mesh=MeshConfig(data=-1, fsdp=32),
-            checkpoint=CheckpointConfig(every_steps=1000, keep_every=10_000),
-            log=LogConfig(every_steps=10),
-        )
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        preset="kontext-base",
+        weights=REQUIRED,
+        encoders=REQUIRED,
+        num_steps=50_000,
+        batch_size=256,
+        accumulate_steps=4,
+        # Policy and mesh as in kontext_joint, for its reasons.
+        remat="save_products",
+        ema_decay=0.9999,
+        flow=FlowMatchingConfig(timestep_mode="flux_linear", text_dropout=0.1),
+        optimizer=OptimizerConfig(learning_rate=5e-5, warmup_steps=1000),
+        data=DataConfig(sources=(REQUIRED,), fraction_with_references=1.0, workers=16),
+        mesh=MeshConfig(data=-1, fsdp=32),
+        checkpoint=CheckpointConfig(every_steps=1000, keep_every=10_000),
+        log=LogConfig(every_steps=10),
     )

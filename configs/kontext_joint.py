@@ -21,28 +21,26 @@ from kontext_jax.data.config import DataConfig
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig
 from kontext_jax.runtime.sharding import MeshConfig
 from kontext_jax.training.checkpoints import CheckpointConfig
-from kontext_jax.training.config import REQUIRED, LogConfig, TrainConfig, config_dict
+from kontext_jax.training.config import REQUIRED, LogConfig, TrainConfig
 from kontext_jax.training.optimizer import OptimizerConfig
 
 
-def get_config():
-    return config_dict(
-        TrainConfig(
-            preset="kontext-base",
-            weights=REQUIRED,
-            encoders=REQUIRED,
-            num_steps=100_000,
-            batch_size=256,
-            accumulate_steps=4,
-            # No product is computed twice (docs/performance.md): a chip has 95 GiB.
-            remat="save_products",
-            ema_decay=0.9999,
-            flow=FlowMatchingConfig(timestep_mode="flux_linear", text_dropout=0.1),
-            optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=1000),
-            data=DataConfig(sources=(REQUIRED,), fraction_with_references=0.5, workers=16),
-            # Half of 64 chips: over all of a slice, gradients are summed whole and not scattered.
-            mesh=MeshConfig(data=-1, fsdp=32),
-            checkpoint=CheckpointConfig(every_steps=1000, keep_every=20_000),
-            log=LogConfig(every_steps=10),
-        )
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        preset="kontext-base",
+        weights=REQUIRED,
+        encoders=REQUIRED,
+        num_steps=100_000,
+        batch_size=256,
+        accumulate_steps=4,
+        # No product is computed twice (docs/performance.md): a chip has 95 GiB.
+        remat="save_products",
+        ema_decay=0.9999,
+        flow=FlowMatchingConfig(timestep_mode="flux_linear", text_dropout=0.1),
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=1000),
+        data=DataConfig(sources=(REQUIRED,), fraction_with_references=0.5, workers=16),
+        # Half of 64 chips: over all of a slice, gradients are summed whole and not scattered.
+        mesh=MeshConfig(data=-1, fsdp=32),
+        checkpoint=CheckpointConfig(every_steps=1000, keep_every=20_000),
+        log=LogConfig(every_steps=10),
     )

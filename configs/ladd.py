@@ -23,28 +23,26 @@ from kontext_jax.data.config import DataConfig
 from kontext_jax.objectives.ladd import LADDConfig
 from kontext_jax.runtime.sharding import MeshConfig
 from kontext_jax.training.checkpoints import CheckpointConfig
-from kontext_jax.training.config import REQUIRED, LogConfig, TrainConfig, config_dict
+from kontext_jax.training.config import REQUIRED, LogConfig, TrainConfig
 from kontext_jax.training.optimizer import OptimizerConfig
 
 
-def get_config():
-    return config_dict(
-        TrainConfig(
-            objective="ladd",
-            preset="kontext-dev",
-            weights=REQUIRED,
-            encoders=REQUIRED,
-            num_steps=10_000,
-            batch_size=256,
-            accumulate_steps=4,
-            remat="save_products",
-            ema_decay=0.999,
-            ladd=LADDConfig(guidance=2.5),
-            optimizer=OptimizerConfig(learning_rate=2e-6, warmup_steps=200, b1=0.0, b2=0.99),
-            discriminator_optimizer=OptimizerConfig(learning_rate=1e-5, b1=0.0, b2=0.99),
-            data=DataConfig(cache=REQUIRED),
-            mesh=MeshConfig(data=-1, fsdp=32),
-            checkpoint=CheckpointConfig(every_steps=500, keep_every=2000),
-            log=LogConfig(every_steps=10),
-        )
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        objective="ladd",
+        preset="kontext-dev",
+        weights=REQUIRED,
+        encoders=REQUIRED,
+        num_steps=10_000,
+        batch_size=256,
+        accumulate_steps=4,
+        remat="save_products",
+        ema_decay=0.999,
+        ladd=LADDConfig(guidance=2.5),
+        optimizer=OptimizerConfig(learning_rate=2e-6, warmup_steps=200, b1=0.0, b2=0.99),
+        discriminator_optimizer=OptimizerConfig(learning_rate=1e-5, b1=0.0, b2=0.99),
+        data=DataConfig(cache=REQUIRED),
+        mesh=MeshConfig(data=-1, fsdp=32),
+        checkpoint=CheckpointConfig(every_steps=500, keep_every=2000),
+        log=LogConfig(every_steps=10),
     )

@@ -20,24 +20,22 @@ from kontext_jax.data.config import DataConfig
 from kontext_jax.models.lora import LoraConfig
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig
 from kontext_jax.training.checkpoints import CheckpointConfig
-from kontext_jax.training.config import REQUIRED, LogConfig, TrainConfig, config_dict
+from kontext_jax.training.config import REQUIRED, LogConfig, TrainConfig
 from kontext_jax.training.optimizer import OptimizerConfig
 
 
-def get_config():
-    return config_dict(
-        TrainConfig(
-            preset="kontext-dev",
-            weights=REQUIRED,
-            train="lora",
-            num_steps=3000,
-            batch_size=1,
-            ema_decay=0.0,
-            flow=FlowMatchingConfig(timestep_mode="flux_linear", text_dropout=0.05),
-            optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=100),
-            data=DataConfig(sources=(REQUIRED,), fraction_with_references=1.0),
-            lora=LoraConfig(rank=16, alpha=16.0, targets=("kontext",)),
-            checkpoint=CheckpointConfig(every_steps=250),
-            log=LogConfig(every_steps=10),
-        )
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        preset="kontext-dev",
+        weights=REQUIRED,
+        train="lora",
+        num_steps=3000,
+        batch_size=1,
+        ema_decay=0.0,
+        flow=FlowMatchingConfig(timestep_mode="flux_linear", text_dropout=0.05),
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=100),
+        data=DataConfig(sources=(REQUIRED,), fraction_with_references=1.0),
+        lora=LoraConfig(rank=16, alpha=16.0, targets=("kontext",)),
+        checkpoint=CheckpointConfig(every_steps=250),
+        log=LogConfig(every_steps=10),
     )

@@ -21,29 +21,27 @@ from kontext_jax.flow.path import shift_timesteps
 from kontext_jax.objectives.policy_distillation import PolicyDistillationConfig
 from kontext_jax.runtime.sharding import MeshConfig
 from kontext_jax.training.checkpoints import CheckpointConfig
-from kontext_jax.training.config import REQUIRED, LogConfig, TrainConfig, config_dict
+from kontext_jax.training.config import REQUIRED, LogConfig, TrainConfig
 from kontext_jax.training.optimizer import OptimizerConfig
 
 TIMES = tuple(float(shift_timesteps(t, 3.2)) for t in (1.0, 0.75, 0.5, 0.25))
 
 
-def get_config():
-    return config_dict(
-        TrainConfig(
-            objective="policy_distillation",
-            preset="kontext-dev-policy",
-            weights=REQUIRED,
-            encoders=REQUIRED,
-            num_steps=3000,
-            batch_size=256,
-            accumulate_steps=4,
-            remat="save_products",
-            ema_decay=0.999,
-            policy_distillation=PolicyDistillationConfig(timesteps=TIMES, guidance=2.5),
-            optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=100),
-            data=DataConfig(cache=REQUIRED),
-            mesh=MeshConfig(data=-1, fsdp=32),
-            checkpoint=CheckpointConfig(every_steps=250, keep_every=1000),
-            log=LogConfig(every_steps=10),
-        )
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        objective="policy_distillation",
+        preset="kontext-dev-policy",
+        weights=REQUIRED,
+        encoders=REQUIRED,
+        num_steps=3000,
+        batch_size=256,
+        accumulate_steps=4,
+        remat="save_products",
+        ema_decay=0.999,
+        policy_distillation=PolicyDistillationConfig(timesteps=TIMES, guidance=2.5),
+        optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=100),
+        data=DataConfig(cache=REQUIRED),
+        mesh=MeshConfig(data=-1, fsdp=32),
+        checkpoint=CheckpointConfig(every_steps=250, keep_every=1000),
+        log=LogConfig(every_steps=10),
     )

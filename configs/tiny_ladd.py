@@ -13,42 +13,40 @@ from kontext_jax.data.config import DataConfig
 from kontext_jax.models.judges.feature_heads import FeatureHeadsConfig
 from kontext_jax.objectives.ladd import LADDConfig
 from kontext_jax.training.checkpoints import CheckpointConfig
-from kontext_jax.training.config import EvalConfig, LogConfig, TrainConfig, config_dict
+from kontext_jax.training.config import EvalConfig, LogConfig, TrainConfig
 from kontext_jax.training.optimizer import OptimizerConfig
 
 
-def get_config():
-    return config_dict(
-        TrainConfig(
-            objective="ladd",
-            preset="tiny-kontext-guided",
-            weights="runs/tiny/guidance",
-            encoders="runs/tiny/encoders",
-            num_steps=700,
-            batch_size=48,
-            dtype="float32",
-            attention_backend="reference",
-            remat="none",
-            ema_decay=0.99,
-            ladd=LADDConfig(
-                probabilities=(0.4, 0.2, 0.2, 0.2),
-                warmup_steps=0,
-                renoise_mean=-2.0,
-                negative_share=0.4,
-            ),
-            heads=FeatureHeadsConfig(blocks=(0, 1, 3, 5), width=64),
-            optimizer=OptimizerConfig(learning_rate=2e-5, b1=0.0, b2=0.99),
-            discriminator_optimizer=OptimizerConfig(learning_rate=1e-3, b1=0.0, b2=0.99),
-            data=DataConfig(cache="runs/tiny/guided", fraction_with_references=0.85),
-            checkpoint=CheckpointConfig(every_steps=100, keep_every=500),
-            eval=EvalConfig(
-                every_steps=350,
-                cache="runs/tiny/encoded_eval",
-                num_batches=4,
-                sample_every_steps=350,
-                sample_rows=8,
-                sample_num_steps=4,
-            ),
-            log=LogConfig(every_steps=10, tensorboard=False),
-        )
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        objective="ladd",
+        preset="tiny-kontext-guided",
+        weights="runs/tiny/guidance",
+        encoders="runs/tiny/encoders",
+        num_steps=700,
+        batch_size=48,
+        dtype="float32",
+        attention_backend="reference",
+        remat="none",
+        ema_decay=0.99,
+        ladd=LADDConfig(
+            probabilities=(0.4, 0.2, 0.2, 0.2),
+            warmup_steps=0,
+            renoise_mean=-2.0,
+            negative_share=0.4,
+        ),
+        heads=FeatureHeadsConfig(blocks=(0, 1, 3, 5), width=64),
+        optimizer=OptimizerConfig(learning_rate=2e-5, b1=0.0, b2=0.99),
+        discriminator_optimizer=OptimizerConfig(learning_rate=1e-3, b1=0.0, b2=0.99),
+        data=DataConfig(cache="runs/tiny/guided", fraction_with_references=0.85),
+        checkpoint=CheckpointConfig(every_steps=100, keep_every=500),
+        eval=EvalConfig(
+            every_steps=350,
+            cache="runs/tiny/encoded_eval",
+            num_batches=4,
+            sample_every_steps=350,
+            sample_rows=8,
+            sample_num_steps=4,
+        ),
+        log=LogConfig(every_steps=10, tensorboard=False),
     )

@@ -10,37 +10,33 @@ parameters of runs/tiny/guidance.
 from kontext_jax.data.config import DataConfig
 from kontext_jax.objectives.policy_distillation import PolicyDistillationConfig
 from kontext_jax.training.checkpoints import CheckpointConfig
-from kontext_jax.training.config import EvalConfig, LogConfig, TrainConfig, config_dict
+from kontext_jax.training.config import EvalConfig, LogConfig, TrainConfig
 from kontext_jax.training.optimizer import OptimizerConfig
 
 
-def get_config():
-    return config_dict(
-        TrainConfig(
-            objective="policy_distillation",
-            preset="tiny-kontext-policy",
-            weights="runs/tiny/guidance",
-            encoders="runs/tiny/encoders",
-            num_steps=1000,
-            batch_size=64,
-            dtype="float32",
-            attention_backend="reference",
-            remat="none",
-            ema_decay=0.99,
-            policy_distillation=PolicyDistillationConfig(guidance=2.5),
-            optimizer=OptimizerConfig(
-                learning_rate=3e-4, warmup_steps=50, schedule="linear", b2=0.99
-            ),
-            data=DataConfig(cache="runs/tiny/encoded", fraction_with_references=0.85),
-            checkpoint=CheckpointConfig(every_steps=100, keep_every=1000),
-            eval=EvalConfig(
-                every_steps=250,
-                cache="runs/tiny/encoded_eval",
-                num_batches=4,
-                sample_every_steps=500,
-                sample_rows=8,
-                sample_num_steps=4,
-            ),
-            log=LogConfig(every_steps=10, tensorboard=False),
-        )
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        objective="policy_distillation",
+        preset="tiny-kontext-policy",
+        weights="runs/tiny/guidance",
+        encoders="runs/tiny/encoders",
+        num_steps=1000,
+        batch_size=64,
+        dtype="float32",
+        attention_backend="reference",
+        remat="none",
+        ema_decay=0.99,
+        policy_distillation=PolicyDistillationConfig(guidance=2.5),
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=50, schedule="linear", b2=0.99),
+        data=DataConfig(cache="runs/tiny/encoded", fraction_with_references=0.85),
+        checkpoint=CheckpointConfig(every_steps=100, keep_every=1000),
+        eval=EvalConfig(
+            every_steps=250,
+            cache="runs/tiny/encoded_eval",
+            num_batches=4,
+            sample_every_steps=500,
+            sample_rows=8,
+            sample_num_steps=4,
+        ),
+        log=LogConfig(every_steps=10, tensorboard=False),
     )

@@ -12,37 +12,35 @@ most: they settle the colours, which edits are graded by.
 from kontext_jax.data.config import DataConfig
 from kontext_jax.objectives.autoencoder import AutoencoderConfig
 from kontext_jax.training.checkpoints import CheckpointConfig
-from kontext_jax.training.config import EvalConfig, LogConfig, TrainConfig, config_dict
+from kontext_jax.training.config import EvalConfig, LogConfig, TrainConfig
 from kontext_jax.training.optimizer import OptimizerConfig
 
 
-def get_config():
-    return config_dict(
-        TrainConfig(
-            objective="autoencoder",
-            preset="tiny-kontext",
-            num_steps=8000,
-            batch_size=16,
-            dtype="float32",
-            remat="none",
-            ema_decay=0.998,
-            autoencoder=AutoencoderConfig(l1_weight=0.1, mse_weight=1.0, kl_weight=1e-3),
-            optimizer=OptimizerConfig(
-                learning_rate=1e-3, schedule="cosine", warmup_steps=100, end_fraction=0.02, b2=0.99
-            ),
-            data=DataConfig(
-                sources=("scenes:easy-crowded:any:12000", "photos:squares-64:train:24000"),
-                buckets=("64x64",),
-                fraction_with_references=0.0,
-            ),
-            checkpoint=CheckpointConfig(every_steps=250),
-            eval=EvalConfig(
-                every_steps=500,
-                sources=("photos:squares-64:held_out:64",),
-                num_batches=4,
-                sample_rows=8,
-                sample_every_steps=1000,
-            ),
-            log=LogConfig(every_steps=10, tensorboard=False),
-        )
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        objective="autoencoder",
+        preset="tiny-kontext",
+        num_steps=8000,
+        batch_size=16,
+        dtype="float32",
+        remat="none",
+        ema_decay=0.998,
+        autoencoder=AutoencoderConfig(l1_weight=0.1, mse_weight=1.0, kl_weight=1e-3),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3, schedule="cosine", warmup_steps=100, end_fraction=0.02, b2=0.99
+        ),
+        data=DataConfig(
+            sources=("scenes:easy-crowded:any:12000", "photos:squares-64:train:24000"),
+            buckets=("64x64",),
+            fraction_with_references=0.0,
+        ),
+        checkpoint=CheckpointConfig(every_steps=250),
+        eval=EvalConfig(
+            every_steps=500,
+            sources=("photos:squares-64:held_out:64",),
+            num_batches=4,
+            sample_rows=8,
+            sample_every_steps=1000,
+        ),
+        log=LogConfig(every_steps=10, tensorboard=False),
     )

@@ -22,40 +22,38 @@ from kontext_jax.data.config import DataConfig
 from kontext_jax.objectives.autoencoder import AutoencoderConfig
 from kontext_jax.runtime.sharding import MeshConfig
 from kontext_jax.training.checkpoints import CheckpointConfig
-from kontext_jax.training.config import REQUIRED, LogConfig, TrainConfig, config_dict
+from kontext_jax.training.config import REQUIRED, LogConfig, TrainConfig
 from kontext_jax.training.optimizer import OptimizerConfig
 
 
-def get_config():
-    return config_dict(
-        TrainConfig(
-            objective="autoencoder",
-            preset="kontext-dev",
-            num_steps=500_000,
-            batch_size=512,
-            remat="none",
-            ema_decay=0.9999,
-            autoencoder=AutoencoderConfig(
-                l1_weight=1.0,
-                kl_weight=1e-6,
-                perceptual_weight=1.0,
-                adversarial_weight=0.5,
-                adversarial_start_step=50_000,
-            ),
-            optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=5000, b1=0.5, b2=0.9),
-            discriminator_optimizer=OptimizerConfig(
-                learning_rate=1e-4, warmup_steps=1000, b1=0.5, b2=0.9
-            ),
-            data=DataConfig(
-                sources=(REQUIRED,),
-                buckets=("256x256",),
-                random_crop=True,
-                flip=True,
-                fraction_with_references=0.0,
-                workers=16,
-            ),
-            mesh=MeshConfig(data=-1, fsdp=1),
-            checkpoint=CheckpointConfig(every_steps=1000, keep_every=50_000),
-            log=LogConfig(every_steps=10),
-        )
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        objective="autoencoder",
+        preset="kontext-dev",
+        num_steps=500_000,
+        batch_size=512,
+        remat="none",
+        ema_decay=0.9999,
+        autoencoder=AutoencoderConfig(
+            l1_weight=1.0,
+            kl_weight=1e-6,
+            perceptual_weight=1.0,
+            adversarial_weight=0.5,
+            adversarial_start_step=50_000,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=5000, b1=0.5, b2=0.9),
+        discriminator_optimizer=OptimizerConfig(
+            learning_rate=1e-4, warmup_steps=1000, b1=0.5, b2=0.9
+        ),
+        data=DataConfig(
+            sources=(REQUIRED,),
+            buckets=("256x256",),
+            random_crop=True,
+            flip=True,
+            fraction_with_references=0.0,
+            workers=16,
+        ),
+        mesh=MeshConfig(data=-1, fsdp=1),
+        checkpoint=CheckpointConfig(every_steps=1000, keep_every=50_000),
+        log=LogConfig(every_steps=10),
     )

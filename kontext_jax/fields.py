@@ -1,7 +1,10 @@
-"""Whether a value fits a field: the declared types of dataclasses, checked where values come in.
+"""Whether a value fits a field, and whether the field has anything to act on.
 
     checked(int, 2.5, "seed")         ValueError: seed is 2.5; expected a whole number
     checked(float | None, 3, "rate")  3.0
+
+    mu: float = option(0.0, acts_with=("mode", "const"))
+    check_acting(config)              ValueError: mu is 1.0, but mode is 'linear'; …
 
 The declaration of a field is the one description of what it takes: requests, configs, model cards
 and weight layouts all ask here. Messages name the value, what was expected and, where a word is
@@ -14,7 +17,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
@@ -167,3 +170,110 @@ def _dataclass(cls: type, values: Mapping[str, Any], prefix: str, exact: bool) -
     if missing := sorted(required - fields.keys()):
         raise ValueError(f"{', '.join(prefix + name for name in missing)} must be given")
     return cls(**fields)
+
+
+IDLE = (
+    "{name} is {value}, but {setting} is {other!r}; it applies to {wanted} only: leave it at "
+    "{default}"
+)
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    factory: Callable[[], Any] | None = None,
+    acts_with: tuple[Any, ...],
+    otherwise: str = IDLE,
+) -> Any:
+    """A field of a dataclass that acts only where another setting has certain values.
+
+    Args:
+      default: the field's default; or `factory` makes it.
+      acts_with: (name of the other setting, its values…); without values, any that is not empty, 0
+        or False. The name may be dotted. Several such tuples mean that one of them is enough.
+      otherwise: message of `check_acting`, with {name}, {value} and {default} of the field,
+        {setting}, {other} and {wanted} for the other setting, its value and the values with which
+        the field acts; {names}, where it stands, are all fields that the message is right for.
+    """
+    conditions = acts_with if isinstance(acts_with[0], tuple) else (acts_with,)
+    metadata = {"acts_with": conditions, "otherwise": otherwise}
+    if factory is not None:
+        return dataclasses.field(default_factory=factory, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_acting(
+    config: Any,
+    section: str = "",
+    *,
+    names: Collection[str] | None = None,
+    given: Collection[str] = (),
+) -> None:
+    """Refuses options of a dataclass that were changed and have nothing to act on.
+
+    Args:
+      section: name of the dataclass in messages, before a dot.
+      names: fields to look at; None: all that `option` made.
+      given: dotted keys that count as changed even where they have their default.
+
+    Raises:
+      ValueError: one was, by its own message.
+    """
+    prefix = f"{section}." if section else ""
+    idle: list[tuple[str, Any, Any, dataclasses.Field]] = []
+    for field in dataclasses.fields(config):
+        if (names is not None and field.name not in names) or _acts(config, field):
+            continue
+        for name, value, default in _values(config, field, prefix):
+            if value != default or name in given:
+                idle.append((name, value, default, field))
+    if not idle:
+        return
+    name, value, default, field = idle[0]
+    setting, *wanted = field.metadata["acts_with"][0]
+    otherwise = field.metadata["otherwise"]
+    raise ValueError(
+        otherwise.format(
+            name=name,
+            names=", ".join(key for key, *_, f in idle if f.metadata["otherwise"] == otherwise),
+            value=value,
+            default=default,
+            setting=prefix + setting,
+            other=_get(config, setting),
+            wanted=" and ".join(map(str, wanted)),
+        )
+    )
+
+
+def _acts(config: Any, field: dataclasses.Field) -> bool:
+    """Whether one of a field's conditions holds, or it has none."""
+    conditions = field.metadata.get("acts_with")
+    if conditions is None:
+        return True
+    for setting, *wanted in conditions:
+        value = _get(config, setting)
+        if value in wanted if wanted else value:
+            return True
+    return False
+
+
+def _values(config: Any, field: dataclasses.Field, prefix: str) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, value, default) of a field, or of all settings of a section."""
+    value = getattr(config, field.name)
+    has_default = field.default is not dataclasses.MISSING
+    default = field.default if has_default else field.default_factory()
+    if not dataclasses.is_dataclass(value):
+        yield prefix + field.name, value, default
+        return
+    for inner in dataclasses.fields(value):
+        pair = (_plain(getattr(part, inner.name)) for part in (value, default))
+        yield (f"{prefix}{field.name}.{inner.name}", *pair)
+
+
+def _get(config: Any, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), config)
+
+
+def _plain(value: Any) -> Any:
+    """A value with lists for tuples, as JSON has them."""
+    return [_plain(x) for x in value] if isinstance(value, tuple | list) else value

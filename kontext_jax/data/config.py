@@ -2,10 +2,22 @@
 
 import dataclasses
 import math
+from typing import Any
 
+from kontext_jax.fields import check_acting, option
 from kontext_jax.pictures import latents
 
 ON_BAD_SAMPLE = ("skip", "stop")
+
+
+def _of_pictures(default: Any) -> Any:
+    """An option that acts on pictures and texts, not on examples that are encoded already."""
+    return option(
+        default,
+        acts_with=("cache", ""),
+        otherwise="data.cache {other} holds examples that are already cut and encoded, so {names} "
+        "cannot apply; drop one or the other",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,44 +60,49 @@ class DataConfig:
       synthetic_share: part of the steps that take examples from there; each step is of one folder.
     """
 
-    sources: tuple[str, ...] = ()
-    weights: tuple[float, ...] = ()
-    target_column: str = ""
-    context_columns: tuple[str, ...] = ()
-    text_column: str = ""
-    id_column: str = ""
-    resolution: int = 1024
-    buckets: tuple[str, ...] = ()
-    random_crop: bool = False
-    flip: bool = False
+    sources: tuple[str, ...] = _of_pictures(())
+    weights: tuple[float, ...] = _of_pictures(())
+    target_column: str = _of_pictures("")
+    context_columns: tuple[str, ...] = _of_pictures(())
+    text_column: str = _of_pictures("")
+    id_column: str = _of_pictures("")
+    resolution: int = _of_pictures(1024)
+    buckets: tuple[str, ...] = _of_pictures(())
+    random_crop: bool = _of_pictures(False)
+    flip: bool = _of_pictures(False)
     fraction_with_references: float = 1.0
-    reference_dropout: float = 0.0
-    on_bad_sample: str = "skip"
-    largest_aspect_mismatch: float = 0.0
-    filter_function: str = ""
-    filter_command: str = ""
-    verify: bool = False
-    index_dir: str = ""
+    reference_dropout: float = option(
+        0.0,
+        acts_with=("fraction_with_references",),
+        otherwise="{name} {value:g} has nothing to act on, since data.fraction_with_references is "
+        "0; drop one",
+    )
+    on_bad_sample: str = _of_pictures("skip")
+    largest_aspect_mismatch: float = _of_pictures(0.0)
+    filter_function: str = _of_pictures("")
+    filter_command: str = _of_pictures("")
+    verify: bool = _of_pictures(False)
+    index_dir: str = _of_pictures("")
     threads: int = 8
-    workers: int = 0
+    workers: int = _of_pictures(0)
     prefetch: int = 4
     cache: str = ""
     synthetic_cache: str = ""
-    synthetic_share: float = 0.5
+    synthetic_share: float = option(
+        0.5,
+        acts_with=("synthetic_cache",),
+        otherwise="{name} is {value:g}, but there is no data.synthetic_cache",
+    )
 
     def check(self) -> None:
         """Raises ValueError for values that are out of range or contradict each other."""
         _check_choice("on_bad_sample", self.on_bad_sample, ON_BAD_SAMPLE)
+        check_acting(self, "data")
         self._check_sources()
         self._check_sizes()
         for name in ("fraction_with_references", "reference_dropout"):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise ValueError(f"data.{name} is {value:g}; expected a number from 0 to 1")
-        if self.reference_dropout and not self.fraction_with_references:
-            raise ValueError(
-                f"data.reference_dropout {self.reference_dropout:g} has nothing to act on, since "
-                "data.fraction_with_references is 0; drop one"
-            )
         mismatch = self.largest_aspect_mismatch
         if mismatch and not 1 <= mismatch < math.inf:
             raise ValueError(
@@ -105,8 +122,7 @@ class DataConfig:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; expected at least {least}")
 
     def _check_sources(self) -> None:
-        if self.cache:
-            self._check_cache()
+        if self.cache:  # it was cut and filtered when it was made; only the mix can be chosen
             return
         if not self.sources:
             raise ValueError("data.sources is empty; name a folder or a file of examples")
@@ -119,45 +135,18 @@ class DataConfig:
             if not 0 < weight < math.inf:
                 raise ValueError(f"data.weights has {weight:g}; expected numbers above 0")
 
-    def _check_cache(self) -> None:
-        """A cache was cut and filtered when it was made; only the mix can still be chosen."""
-        free = {
-            "cache",
-            "synthetic_cache",
-            "synthetic_share",
-            "fraction_with_references",
-            "reference_dropout",
-            "threads",
-            "prefetch",
-        }
-        given = [
-            field.name
-            for field in dataclasses.fields(self)
-            if field.name not in free and getattr(self, field.name) != field.default
-        ]
-        if given:
-            raise ValueError(
-                f"data.cache {self.cache} holds examples that are already cut and encoded, so "
-                f"{', '.join('data.' + name for name in given)} cannot apply; drop one or the other"
-            )
-
     def _check_synthetic(self) -> None:
-        share = self.synthetic_share
         if not self.synthetic_cache:
-            if share != DataConfig.synthetic_share:
-                raise ValueError(
-                    f"data.synthetic_share is {share:g}, but there is no data.synthetic_cache"
-                )
             return
         if not self.cache:
             raise ValueError(
                 "data.synthetic_cache is mixed with data.cache, which is empty; encode the "
                 "examples first, or set data.cache to train on synthetic ones alone"
             )
-        if not 0 < share < 1:
+        if not 0 < self.synthetic_share < 1:
             raise ValueError(
-                f"data.synthetic_share is {share:g}; expected a number between 0 and 1 (for "
-                "synthetic examples alone, set data.cache)"
+                f"data.synthetic_share is {self.synthetic_share:g}; expected a number between "
+                "0 and 1 (for synthetic examples alone, set data.cache)"
             )
 
     def _check_sizes(self) -> None:

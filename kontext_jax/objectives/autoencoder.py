@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kontext_jax.fields import check_acting, option
 from kontext_jax.objectives.adversarial import (
     AdversarialLoss,
     Adversary,
@@ -66,6 +67,9 @@ class PictureBatch:
     image: jax.Array  # [B, h, w, 3]
 
 
+NO_WEIGHT = "{name} is {value!r}, but {setting} is 0; set that, or leave this at {default!r}"
+
+
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig:
     """Weights of the loss, whose terms are sums over a picture.
@@ -91,10 +95,16 @@ class AutoencoderConfig:
     mse_weight: float = 0.0
     kl_weight: float = 1e-6
     perceptual_weight: float = 0.0
-    perceptual_net: PerceptualNet = "alexnet"
+    perceptual_net: PerceptualNet = option(
+        "alexnet", acts_with=("perceptual_weight",), otherwise=NO_WEIGHT
+    )
     adversarial_weight: float = 0.0
-    adversarial_start_step: int = 50_000
-    adversarial_loss: AdversarialLoss = "hinge"
+    adversarial_start_step: int = option(
+        50_000, acts_with=("adversarial_weight",), otherwise=NO_WEIGHT
+    )
+    adversarial_loss: AdversarialLoss = option(
+        "hinge", acts_with=("adversarial_weight",), otherwise=NO_WEIGHT
+    )
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -106,20 +116,7 @@ class AutoencoderConfig:
                 "autoencoder.l1_weight and mse_weight are both 0, so nothing would be "
                 "reconstructed; set one above 0"
             )
-        if not self.perceptual_weight:
-            self._refuse("perceptual_net", "perceptual_weight")
-        if not self.adversarial_weight:
-            self._refuse("adversarial_start_step", "adversarial_weight")
-            self._refuse("adversarial_loss", "adversarial_weight")
-
-    def _refuse(self, name: str, weight: str) -> None:
-        """Raises if a setting was changed that the weight 0 leaves without effect."""
-        value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-        if value != default:
-            raise ValueError(
-                f"autoencoder.{name} is {value!r}, but autoencoder.{weight} is 0; set that, or "
-                f"leave this at {default!r}"
-            )
+        check_acting(self, "autoencoder")
 
 
 def gaussian_kl(mean: jax.Array, logvar: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, get_args
 import jax
 import jax.numpy as jnp
 
+from kontext_jax.fields import check_acting, option
 from kontext_jax.flow import path as flow
 from kontext_jax.objectives.base import Metrics, sample_keys, use_key
 
@@ -31,10 +32,10 @@ class TimesConfig:
 
     timestep_distribution: flow.TimestepDistribution = "logit_normal"
     timestep_mode: flow.TimestepMode = "flux_linear"
-    timestep_mu: float = 0.0
-    timestep_base_tokens: int = 256
-    timestep_sigma: float = 1.0
-    timestep_mode_scale: float = 1.29
+    timestep_mu: float = option(0.0, acts_with=("timestep_mode", "const"))
+    timestep_base_tokens: int = option(256, acts_with=("timestep_mode", "sqrt_ratio"))
+    timestep_sigma: float = option(1.0, acts_with=("timestep_distribution", "logit_normal"))
+    timestep_mode_scale: float = option(1.29, acts_with=("timestep_distribution", "mode"))
     timestep_grid: int = 0
 
     def __post_init__(self):
@@ -50,10 +51,7 @@ class TimesConfig:
                 f"{self.SECTION}.timestep_mode_scale is {self.timestep_mode_scale}; beyond "
                 "[-1, 1.75] times would not stay in order"
             )
-        self.check_idle("timestep_mu", "timestep_mode", "const")
-        self.check_idle("timestep_base_tokens", "timestep_mode", "sqrt_ratio")
-        self.check_idle("timestep_sigma", "timestep_distribution", "logit_normal")
-        self.check_idle("timestep_mode_scale", "timestep_distribution", "mode")
+        check_acting(self, self.SECTION)
 
     def check_choice(self, field: str, literal: Any) -> None:
         """Raises ValueError unless a field has one of the values of a Literal."""
@@ -74,21 +72,6 @@ class TimesConfig:
         low_high = tuple(getattr(self, field))
         if len(low_high) != 2 or not low_high[0] < low_high[1]:
             raise ValueError(f"{self.SECTION}.{field} is {low_high}; give (low, high), low < high")
-
-    def check_idle(self, field: str, selector: str, *serves: str) -> None:
-        """Raises ValueError if a field was changed though another selects what has no use for it.
-
-        Args:
-          selector: the other field.
-          serves: its values with which `field` acts.
-        """
-        given, default = getattr(self, field), type(self).__dataclass_fields__[field].default
-        if given != default and getattr(self, selector) not in serves:
-            raise ValueError(
-                f"{self.SECTION}.{field} is {given}, but {self.SECTION}.{selector} is "
-                f"{getattr(self, selector)!r}; it applies to {' and '.join(serves)} only: "
-                f"leave it at {default}"
-            )
 
     def draw_times(
         self, key: jax.Array, sample_index: jax.Array, num_image_tokens: int

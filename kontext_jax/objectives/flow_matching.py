@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from kontext_jax.batches import TokenBatch
+from kontext_jax.fields import option
 from kontext_jax.flow import path as flow
 from kontext_jax.objectives.base import Objective, make_gradient_step, num_samples, sample_keys
 from kontext_jax.objectives.draws import TimesConfig, draw_noise, even_times, means_by_time
@@ -55,8 +56,8 @@ class FlowMatchingConfig(TimesConfig):
     loss_weighting: flow.LossWeighting = "none"
     text_dropout: float = 0.1
     guidance: Guidance = "auto"
-    guidance_value: float = 1.0
-    guidance_range: tuple[float, float] = (1.0, 5.0)
+    guidance_value: float = option(1.0, acts_with=("guidance", "auto", "fixed"))
+    guidance_range: tuple[float, float] = option((1.0, 5.0), acts_with=("guidance", "range"))
     num_loss_bins: int = 8
     latent_variance: float = 1.0
 
@@ -68,8 +69,6 @@ class FlowMatchingConfig(TimesConfig):
             raise ValueError(f"flow.text_dropout is {self.text_dropout}; it must be in [0, 1]")
         self.check_positive("num_loss_bins", "latent_variance")
         self.check_range("guidance_range")
-        self.check_idle("guidance_value", "guidance", "auto", "fixed")
-        self.check_idle("guidance_range", "guidance", "range")
 
 
 def velocity_loss(

@@ -22,6 +22,7 @@ import optax
 from jax import lax
 
 from kontext_jax.batches import TokenBatch
+from kontext_jax.fields import option
 from kontext_jax.flow import path as flow
 from kontext_jax.flow.guidance import GuideFn, cfg, make_apg, make_interval
 from kontext_jax.objectives.base import Objective, make_gradient_step, num_samples
@@ -67,9 +68,9 @@ class GuidanceDistillationConfig(TimesConfig):
 
     uniform_times: float = 0.1
     guide: Guide = "cfg"
-    interval: tuple[float, float] = (0.0, 1.0)
-    apg_parallel: float = 0.0
-    apg_norm_limit: float = 0.0
+    interval: tuple[float, float] = option((0.0, 1.0), acts_with=("guide", "interval"))
+    apg_parallel: float = option(0.0, acts_with=("guide", "apg"))
+    apg_norm_limit: float = option(0.0, acts_with=("guide", "apg"))
     guidance_range: tuple[float, float] = (1.0, 5.0)
     guidance_spacing: Literal["even", "log"] = "even"
     unguided_share: float = 0.1
@@ -99,9 +100,6 @@ class GuidanceDistillationConfig(TimesConfig):
             raise ValueError(
                 f"{self.SECTION}.apg_norm_limit is {self.apg_norm_limit}; it must be 0 or more"
             )
-        self.check_idle("interval", "guide", "interval")
-        self.check_idle("apg_parallel", "guide", "apg")
-        self.check_idle("apg_norm_limit", "guide", "apg")
 
     def make_guide(self) -> GuideFn:
         """The guide function that the settings mean."""

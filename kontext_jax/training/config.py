@@ -1,18 +1,20 @@
 """Every setting of a training run, and what they rule out for each other.
 
-The frozen dataclasses are the truth. A config file returns them as a locked ConfigDict, made by
-`config_dict`; `parse` makes them of it again, with the command line's changes, and checks what can
-be checked without reading data or weights.
+A config file's `get_config()` returns a `TrainConfig`, or a ConfigDict of the same keys. `parse`
+makes of it the config of the run, with the command line's changes, and checks what can be checked
+without reading data or weights.
 """
 
+import copy
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import ml_collections
 
 from kontext_jax.data.config import DataConfig
+from kontext_jax.fields import check_acting, option
 from kontext_jax.models.judges.discriminators import DiscriminatorConfig
 from kontext_jax.models.judges.feature_heads import FeatureHeadsConfig
 from kontext_jax.models.lora import LoraConfig
@@ -37,24 +39,12 @@ ObjectiveName = Literal[
 ]
 # Objectives with a teacher.
 DISTILLATIONS = ("guidance_distillation", "ladd", "policy_distillation")
-
-DISCRIMINATOR_DEFAULTS = {
-    "discriminator": DiscriminatorConfig(),
-    "discriminator_optimizer": OptimizerConfig(b1=0.5, b2=0.9),
-}
+ON_TOKENS = ("flow_matching", *DISTILLATIONS)  # objectives that train the transformer
 
 
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise ValueError(f"{name} is {value}; expected at least {least}")
-
-
-def _unused(config: Any, section: str, names: Iterable[str], unused: bool, why: str) -> None:
-    """Raises if one of the settings was changed although it has nothing to act on."""
-    fields = type(config).__dataclass_fields__
-    for name in names:
-        if unused and getattr(config, name) != fields[name].default:
-            raise ValueError(f"{section}.{name} is {getattr(config, name)}, but {why}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,14 +106,28 @@ class LogConfig:
     tensorboard: bool = True
     print_every_s: float = 10.0
     profile_from_step: int = 0
-    profile_num_steps: int = 3
+    profile_num_steps: int = option(
+        3,
+        acts_with=("profile_from_step",),
+        otherwise="{name} is {value}, but {setting} is 0, so nothing is profiled",
+    )
 
     def __post_init__(self):
         _at_least("log.every_steps", self.every_steps, 1)
         _at_least("log.profile_from_step", self.profile_from_step, 0)
         _at_least("log.profile_num_steps", self.profile_num_steps, 1)
-        _unused(self, "log", ("profile_num_steps",), not self.profile_from_step,
-                "log.profile_from_step is 0, so nothing is profiled")  # fmt: skip
+        check_acting(self, "log")
+
+
+OTHER_CHOICE = "{name} is set, but {setting} is {other!r}; it acts with {setting}={wanted!r} only"
+NO_DISCRIMINATOR = (
+    "{name} is {value!r}, but there is no discriminator; set autoencoder.adversarial_weight "
+    "(latent diffusion's is 0.5)"
+)
+NOT_FROZEN = (
+    "{name} is {value!r}, but the objective autoencoder uses no frozen networks; its own start is "
+    "weights"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,9 +163,13 @@ class TrainConfig:
     objective: ObjectiveName = "flow_matching"
     preset: str = "kontext-dev"
     weights: str = ""
-    teacher: str = ""
-    encoders: str = ""
-    autoencoder_weights: str = ""
+    teacher: str = option(
+        "",
+        acts_with=("objective", *DISTILLATIONS),
+        otherwise="{name} is {value!r}, but the objective {other} has none",
+    )
+    encoders: str = option("", acts_with=("objective", *ON_TOKENS), otherwise=NOT_FROZEN)
+    autoencoder_weights: str = option("", acts_with=("objective", *ON_TOKENS), otherwise=NOT_FROZEN)
     train: Literal["full", "lora"] = "full"
     seed: int = 0
     num_steps: int = 10_000
@@ -172,22 +180,44 @@ class TrainConfig:
     remat: Remat = "full"
     ema_decay: float = 0.9999
     max_skipped_in_a_row: int = 10
-    flow: FlowMatchingConfig = dataclasses.field(default_factory=FlowMatchingConfig)
-    guidance_distillation: GuidanceDistillationConfig = dataclasses.field(
-        default_factory=GuidanceDistillationConfig
+    flow: FlowMatchingConfig = option(
+        factory=FlowMatchingConfig, acts_with=("objective", "flow_matching"), otherwise=OTHER_CHOICE
     )
-    ladd: LADDConfig = dataclasses.field(default_factory=LADDConfig)
-    policy_distillation: PolicyDistillationConfig = dataclasses.field(
-        default_factory=PolicyDistillationConfig
+    guidance_distillation: GuidanceDistillationConfig = option(
+        factory=GuidanceDistillationConfig,
+        acts_with=("objective", "guidance_distillation"),
+        otherwise=OTHER_CHOICE,
     )
-    autoencoder: AutoencoderConfig = dataclasses.field(default_factory=AutoencoderConfig)
+    ladd: LADDConfig = option(
+        factory=LADDConfig, acts_with=("objective", "ladd"), otherwise=OTHER_CHOICE
+    )
+    policy_distillation: PolicyDistillationConfig = option(
+        factory=PolicyDistillationConfig,
+        acts_with=("objective", "policy_distillation"),
+        otherwise=OTHER_CHOICE,
+    )
+    autoencoder: AutoencoderConfig = option(
+        factory=AutoencoderConfig, acts_with=("objective", "autoencoder"), otherwise=OTHER_CHOICE
+    )
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-    heads: FeatureHeadsConfig = dataclasses.field(default_factory=FeatureHeadsConfig)
-    discriminator: DiscriminatorConfig = dataclasses.field(default_factory=DiscriminatorConfig)
-    discriminator_optimizer: OptimizerConfig = DISCRIMINATOR_DEFAULTS["discriminator_optimizer"]
+    lora: LoraConfig = option(
+        factory=LoraConfig, acts_with=("train", "lora"), otherwise=OTHER_CHOICE
+    )
+    heads: FeatureHeadsConfig = option(
+        factory=FeatureHeadsConfig, acts_with=("objective", "ladd"), otherwise=OTHER_CHOICE
+    )
+    discriminator: DiscriminatorConfig = option(
+        factory=DiscriminatorConfig,
+        acts_with=("autoencoder.adversarial_weight",),
+        otherwise=NO_DISCRIMINATOR,
+    )
+    discriminator_optimizer: OptimizerConfig = option(
+        factory=lambda: OptimizerConfig(b1=0.5, b2=0.9),
+        acts_with=(("autoencoder.adversarial_weight",), ("objective", "ladd")),
+        otherwise=NO_DISCRIMINATOR,
+    )
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
@@ -225,12 +255,6 @@ class TrainConfig:
         if self.objective == "autoencoder":
             if self.train == "lora":
                 raise ValueError("train is 'lora', which the objective autoencoder has not")
-            for name in ("encoders", "autoencoder_weights"):
-                if getattr(self, name):
-                    raise ValueError(
-                        f"{name} is {getattr(self, name)!r}, but the objective autoencoder uses no "
-                        "frozen networks; its own start is weights"
-                    )
             if self.data.cache:
                 raise ValueError("data.cache holds encoded examples; an autoencoder needs pictures")
             if self.remat not in ("none", "full"):
@@ -240,6 +264,8 @@ class TrainConfig:
                 )
         self._check_distillation()
         self._check_discriminator()
+        names = {field.name for field in dataclasses.fields(self)} - {*SECTIONS}
+        check_acting(self, names=names)
         if self.flow.guidance in ("fixed", "range") and not self.model.mmdit.guidance_embed:
             raise ValueError(
                 f"flow.guidance is {self.flow.guidance!r}, but {self.preset} takes no guidance; "
@@ -262,10 +288,6 @@ class TrainConfig:
                 f"{wanted}; set preset to another, or objective"
             )
         if self.objective not in DISTILLATIONS:
-            if self.teacher:
-                raise ValueError(
-                    f"teacher is {self.teacher!r}, but the objective {self.objective} has none"
-                )
             return
         if not self.weights:
             raise ValueError(
@@ -295,17 +317,6 @@ class TrainConfig:
                 f"run has {self.num_steps} steps, so the discriminator would never begin; "
                 "lower it"
             )
-        unused = [] if has_pictures else ["discriminator"]
-        if not (has_pictures or has_heads):
-            unused.append("discriminator_optimizer")
-        for section in unused:
-            default = config_tree.to_dict(DISCRIMINATOR_DEFAULTS[section])
-            for name, value in config_tree.to_dict(getattr(self, section)).items():
-                if value != default[name]:
-                    raise ValueError(
-                        f"{section}.{name} is {value!r}, but there is no discriminator; set "
-                        "autoencoder.adversarial_weight (latent diffusion's is 0.5)"
-                    )
 
     @property
     def model(self) -> Preset:
@@ -328,16 +339,12 @@ class TrainConfig:
         )
 
 
-# Sections that belong to one choice: name of the section → (setting, value it belongs to).
-SECTIONS = {
-    "lora": ("train", "lora"),
-    "flow": ("objective", "flow_matching"),
-    "guidance_distillation": ("objective", "guidance_distillation"),
-    "ladd": ("objective", "ladd"),
-    "policy_distillation": ("objective", "policy_distillation"),
-    "heads": ("objective", "ladd"),
-    "autoencoder": ("objective", "autoencoder"),
-}
+# Sections that belong to one choice; the other fields with a condition are checked at once.
+SECTIONS = tuple(
+    field.name
+    for field in dataclasses.fields(TrainConfig)
+    if field.metadata.get("otherwise") == OTHER_CHOICE
+)
 
 
 def config_dict(config: TrainConfig) -> ml_collections.ConfigDict:
@@ -346,40 +353,32 @@ def config_dict(config: TrainConfig) -> ml_collections.ConfigDict:
 
 
 def parse(
-    config: ml_collections.ConfigDict, settings: Sequence[tuple[str, str]] = ()
+    config: TrainConfig | ml_collections.ConfigDict, settings: Sequence[tuple[str, str]] = ()
 ) -> TrainConfig:
-    """The config that a ConfigDict and the command line's `(key, text)` changes mean.
+    """The config of a run: what a config file returns, with the command line's changes.
+
+    Args:
+      config: a ConfigDict may leave settings out, which then have their defaults.
+      settings: (dotted key, text) of each change.
 
     Raises:
       ValueError: an unknown key (the nearest valid one is named), a value of the wrong type or
         range, or a setting that has nothing to act on in this run.
     """
-    written = config.to_dict()
-    values = config.to_dict()
+    values = config_tree.to_dict(config if isinstance(config, TrainConfig) else config.to_dict())
+    changed = copy.deepcopy(values)
     for key, text in settings:
-        config_tree.set_key(values, key, config_tree.parse_value(TrainConfig, key, text))
-    parsed = config_tree.from_dict(TrainConfig, values)
-    given = {key for key, _ in settings}
-    for section, (setting, value) in SECTIONS.items():
-        if getattr(parsed, setting) == value:
-            continue
-        default = config_tree.to_dict(TrainConfig.__dataclass_fields__[section].default_factory())
-        for name in default:
-            now = values.get(section, {}).get(name, default[name])
-            before = written.get(section, {}).get(name, default[name])
-            # A flag that only takes back what the file says is welcome.
-            is_idle = f"{section}.{name}" in given and _plain(before) == default[name]
-            if _plain(now) != default[name] or is_idle:
-                raise ValueError(
-                    f"{section}.{name} is set, but {setting} is {getattr(parsed, setting)!r}; it "
-                    f"acts with {setting}={value!r} only"
-                )
+        config_tree.set_key(changed, key, config_tree.parse_value(TrainConfig, key, text))
+    parsed = config_tree.from_dict(TrainConfig, changed)
+    # A flag without effect is refused, but one that only takes back what the file says is welcome.
+    defaults = config_tree.to_dict(TrainConfig())
+    given = set()
+    for key, _ in settings:
+        default = config_tree.find_key(defaults, key)
+        if config_tree.find_key(values, key, default) == default:
+            given.add(key)
+    check_acting(parsed, names=SECTIONS, given=given)
     return parsed
-
-
-def _plain(value: Any) -> Any:
-    """A value in JSON's types, tuples as lists."""
-    return config_tree.to_dict(value)
 
 
 def check_complete(config: TrainConfig) -> None:
@@ -406,6 +405,6 @@ def from_json(text: str) -> TrainConfig:
     """Inverse of `to_json`.
 
     Raises:
-      ValueError: as `parse`.
+      ValueError: see `parse`.
     """
     return config_tree.from_dict(TrainConfig, json.loads(text))

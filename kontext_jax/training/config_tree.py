@@ -63,11 +63,20 @@ def parse_value(cls: type, key: str, text: str) -> Any:
 
 
 def set_key(values: dict[str, Any], key: str, value: Any) -> None:
-    """Sets a dotted key in nested dicts."""
+    """Sets a dotted key in nested dicts, making those that are not there yet."""
     *sections, name = key.split(".")
     for section in sections:
-        values = values[section]
+        values = values.setdefault(section, {})
     values[name] = value
+
+
+def find_key(values: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """The value at a dotted key of nested dicts; `default` if it is not there."""
+    for name in key.split("."):
+        if not isinstance(values, Mapping) or name not in values:
+            return default
+        values = values[name]
+    return values
 
 
 def get_key(config: Any, key: str) -> Any:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from kontext_jax.fields import check_acting, option
 from kontext_jax.models.parameter_axes import BLOCK_STACKS, parameter_axes
 from kontext_jax.types import Params
 
@@ -25,6 +26,9 @@ Schedule = Literal["constant", "linear", "cosine"]
 DecayOn = Literal["all", "matrices"]
 
 _NOT_MATRICES = ("bias", "scale")
+_NO_MUON = (
+    "{name} is {value!r}, but the optimizer is {other}; choose name muon; leave it at {default}"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +59,24 @@ class OptimizerConfig:
     learning_rate: float = 1e-4
     schedule: Schedule = "constant"
     warmup_steps: int = 0
-    end_fraction: float = 0.0
+    end_fraction: float = option(
+        0.0,
+        acts_with=("schedule", "linear", "cosine"),
+        otherwise="{name} is {value!r}, but schedule is constant and ends at the peak; leave it at "
+        "{default}",
+    )
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.0
-    decay_on: DecayOn = "all"
+    decay_on: DecayOn = option(
+        "all",
+        acts_with=("weight_decay",),
+        otherwise="{name} is {value!r}, but weight_decay is 0; leave it at {default}",
+    )
     clip_norm: float = 1.0
-    muon_momentum: float = 0.95
-    muon_steps: int = 5
+    muon_momentum: float = option(0.95, acts_with=("name", "muon"), otherwise=_NO_MUON)
+    muon_steps: int = option(5, acts_with=("name", "muon"), otherwise=_NO_MUON)
 
     def __post_init__(self):
         choices = {"name": Name, "schedule": Schedule, "decay_on": DecayOn}
@@ -93,20 +106,7 @@ class OptimizerConfig:
                 )
         if self.eps <= 0:
             raise ValueError(f"optimizer.eps is {self.eps}; it must be positive")
-        if self.schedule == "constant":
-            self._refuse("end_fraction", "schedule is constant and ends at the peak")
-        if self.name != "muon":
-            for field in ("muon_momentum", "muon_steps"):
-                self._refuse(field, f"the optimizer is {self.name}; choose name muon")
-        if self.weight_decay == 0:
-            self._refuse("decay_on", "weight_decay is 0")
-
-    def _refuse(self, field: str, reason: str) -> None:
-        """Raises if an option that does not apply was given."""
-        default = type(self).__dataclass_fields__[field].default
-        value = getattr(self, field)
-        if value != default:
-            raise ValueError(f"optimizer.{field} is {value!r}, but {reason}; leave it at {default}")
+        check_acting(self, "optimizer")
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> Callable[[jax.Array], jax.Array]:

@@ -54,16 +54,60 @@ def test_the_configs_of_the_page_are_there():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_config_files_are_locked_and_complete(name):
+def test_config_files_are_whole_and_the_same_as_a_config_dict(name):
     module = load(ROOT / "configs" / f"{name}.py")
     config = module.get_config()
-    assert config.is_locked
+    assert isinstance(config, TrainConfig)
+    assert train_config.parse(config) == config
+    assert train_config.from_json(train_config.to_json(config)) == config
+    as_dict = train_config.config_dict(config)
+    assert train_config.parse(as_dict) == config
+    assert as_dict.is_locked
     with pytest.raises(AttributeError, match="learning_rate"):
-        config.optimizer.learning_rat = 1.0
-    parsed = train_config.parse(config)
-    assert train_config.from_json(train_config.to_json(parsed)) == parsed
-    assert train_config.parse(train_config.config_dict(parsed)) == parsed
+        as_dict.optimizer.learning_rat = 1.0
     assert f"python train.py --config configs/{name}.py" in module.__doc__
+
+
+MINE = """
+import ml_collections
+
+def get_config():
+    return ml_collections.ConfigDict(
+        {"preset": "tiny", "encoders": "untrained", "num_steps": 50, "ema_decay": 0.5,
+         "optimizer": {"learning_rate": 0.25}, "data": {"sources": ("scenes:easy:train:8",)}}
+    )
+"""
+
+
+def test_a_users_own_file_may_return_a_config_dict(cli, tmp_path):
+    """Settings and whole sections that it leaves out have their defaults."""
+    (tmp_path / "mine.py").write_text(MINE)
+    status, out, error = cli(
+        *("--config", tmp_path / "mine.py", "--print-config"),
+        *("--config.seed=3", "--config.eval.num_batches=2", "--config.optimizer.b1=0.5"),
+    )
+    assert status == 0, error
+    optimizer = OptimizerConfig(learning_rate=0.25, b1=0.5)
+    expected = dataclasses.replace(
+        TINY, encoders="untrained", num_steps=50, ema_decay=0.5, seed=3, optimizer=optimizer,
+        data=DataConfig(sources=("scenes:easy:train:8",)), eval=EvalConfig(num_batches=2),
+    )  # fmt: skip
+    assert train_config.from_json(out) == expected
+    status, _, error = cli("--config", tmp_path / "mine.py", "--config.lora.rank=16")
+    assert status == 2 and "lora.rank is set, but train is 'full'" in error
+
+
+def test_both_kinds_of_config_are_refused_alike():
+    """An option of another choice, in the file or by a flag; taken back by a flag it is none."""
+    config = dataclasses.replace(TINY, flow=FlowMatchingConfig(text_dropout=0.3))
+    settings = [("objective", "autoencoder")]
+    for given in (config, train_config.config_dict(config)):
+        with pytest.raises(ValueError, match=r"flow\.text_dropout is set, but objective is"):
+            train_config.parse(given, settings)
+        back = [*settings, ("flow.text_dropout", "0.1")]
+        assert train_config.parse(given, back).flow == FlowMatchingConfig()
+        with pytest.raises(ValueError, match=r"flow\.num_loss_bins is set, but objective is"):
+            train_config.parse(given, [*back, ("flow.num_loss_bins", "8")])
 
 
 @pytest.mark.parametrize(
