@@ -25,7 +25,7 @@ from kontext_jax.models.presets import PRESETS
 from kontext_jax.runtime import programs as compiling
 from kontext_jax.sampling.pipeline import Failure, Pipeline
 from kontext_jax.sampling.requests import PreparedRequest, SampleRequest
-from kontext_jax.sampling.warming import WarmingPipeline, blank_requests
+from kontext_jax.sampling.warming import blank_requests, compile_for
 from kontext_jax.weights import bundle as checkpoint
 from kontext_jax.weights.untrained import untrained_bundle
 
@@ -94,8 +94,10 @@ def time_starts(args: argparse.Namespace, bundle, prepared: PreparedRequest) -> 
 
         def seconds(programs_dir: Path | None) -> float:
             jax.clear_caches()
-            pipeline = WarmingPipeline(bundle, dtype=args.dtype, programs_dir=programs_dir)
-            pipeline.compile_for(prepared)
+            pipeline = Pipeline(
+                bundle, dtype=args.dtype, programs_dir=programs_dir, compile_only=True
+            )
+            compile_for(pipeline, prepared)
             return pipeline.timings.seconds["compile"]
 
         programs = Path(folder) / "programs"

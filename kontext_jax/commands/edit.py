@@ -383,6 +383,7 @@ def warm(
     from kontext_jax.runtime import programs
     from kontext_jax.runtime.placement import sampling_mesh
     from kontext_jax.sampling import requests, warming
+    from kontext_jax.sampling.pipeline import Pipeline
 
     request = requests.request_from_dict({"prompt": DEMO_PROMPT, **fields})
     counts = flags.get("references", [1 if bundle.preset.takes_references else 0])
@@ -390,8 +391,9 @@ def warm(
         raise ValueError(f"--references {min(counts)}: expected 0 or more")
     wanted = [x for n in counts for x in warming.blank_requests(request, bundle.preset, n)]
     kept = programs.keep_compiled_programs(programs.default_cache_dir())
-    pipeline = warming.WarmingPipeline(
+    pipeline = Pipeline(
         bundle,
+        compile_only=True,
         dtype=flags.get("dtype"),
         tiling=flags.get("tile", "auto"),
         mesh=sampling_mesh(mesh),

@@ -8,6 +8,8 @@ from kontext_jax.flow.names import Sampler
 from kontext_jax.flow.samplers import initial_noise
 from kontext_jax.pictures.latents import model_to_pixels
 from kontext_jax.pictures.sizes import Size
+from kontext_jax.sampling.denoising import Denoising
+from kontext_jax.sampling.stages import Stages
 
 BATCH = 50
 
@@ -16,7 +18,7 @@ class Model:
     """Edits whole lists of pictures of one size by the stages of a model.
 
     Args:
-      stages: `kontext_jax.stages.Stages`.
+      stages: stages of the model.
       num_steps: of the sampler.
       timesteps: where each step begins; None for the model's even or shifted grid.
       guidance: what networks that take it are given; others ignore it.
@@ -24,7 +26,7 @@ class Model:
 
     def __init__(
         self,
-        stages,
+        stages: Stages,
         num_steps: int,
         sampler: Sampler = "euler",
         timesteps: Sequence[float] | None = None,
@@ -109,17 +111,15 @@ class Model:
     ) -> np.ndarray:
         """Latents of pictures from prompts, encoded references, and noise drawn by the seeds."""
         count = len(prompts)
-        txt, vec = self._text(prompts)
         negative = scale = None
         if cfg != 1:
             negative = self._text([""] * count)
             scale = np.full(count, cfg, np.float32)
         takes_guidance = self.stages.preset.mmdit.guidance_embed
-        return self.stages.denoise(
+        given = Denoising(
             noise,
-            txt,
-            vec,
-            num_steps=self.num_steps,
+            self._text(prompts),
+            self.num_steps,
             sampler=self.sampler,
             timesteps=self.timesteps,
             seeds=seeds,
@@ -128,6 +128,7 @@ class Model:
             negative=negative,
             true_cfg_scale=scale,
         )
+        return self.stages.denoise(given)
 
 
 def _in_batches(run: Callable, items: Sequence) -> list[np.ndarray]:

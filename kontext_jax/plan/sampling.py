@@ -1,8 +1,4 @@
-"""The programs of a sampling request, found by letting the stages run without computing.
-
-`Stages` goes through a request as ever, but what it would compile is written down, with the shapes
-and places of its arguments, and zeros are what comes out.
-"""
+"""The programs of a sampling request: those of `sampling.programs`, for shapes on a target."""
 
 import dataclasses
 from typing import Any
@@ -10,24 +6,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from kontext_jax.flow.names import Sampler
 from kontext_jax.models.flops import mmdit_flops
-from kontext_jax.models.mmdit import block_form_for, unstacked
-from kontext_jax.models.parameter_sharding import state_shardings
+from kontext_jax.models.mmdit import block_form_for
 from kontext_jax.models.presets import PRESETS
-from kontext_jax.models.vae import VAE
-from kontext_jax.models.vae_tiling import vae_peak_bytes
+from kontext_jax.numerics import EXACT
 from kontext_jax.pictures import latents
 from kontext_jax.plan.programs import Planned
 from kontext_jax.plan.targets import Target
 from kontext_jax.runtime import placement, sharding
-from kontext_jax.runtime.programs import Program, precision_of
+from kontext_jax.runtime.placement import Placement
+from kontext_jax.runtime.programs import Program
 from kontext_jax.runtime.sharding import MeshConfig, tree_bytes
-from kontext_jax.sampling.stages import Stages
-from kontext_jax.sampling.warming import BlankTokenizers
-from kontext_jax.weights.bundle import parameter_shapes
+from kontext_jax.sampling.denoising import Denoising, denoise_arrays
+from kontext_jax.sampling.networks import NetworkShapes
+from kontext_jax.sampling.programs import StagePrograms
+from kontext_jax.sampling.stages import blank_ids
+from kontext_jax.sampling.tiling import needs_tiles
 from kontext_jax.weights.untrained import untrained_bundle
 
 WEIGHTS_USED_BY = {  # program → networks whose weights are its arguments
@@ -76,174 +73,119 @@ def sampling_stages(request: Request, target: Target) -> list[Stage]:
     Raises:
       ValueError: the preset takes no references, or the mesh does not fit the devices.
     """
-    preset = PRESETS[request.preset]
+    preset, bundle = PRESETS[request.preset], untrained_bundle(request.preset)
     if request.num_references and not preset.takes_references:
         raise ValueError(f"{request.preset} takes no references; set --references 0")
     mesh = placement.sampling_mesh(request.mesh, list(target.devices))
-    if mesh is None:
-        one = MeshConfig(fsdp=1)
-        mesh = sharding.make_mesh(one, target.devices[:1])
-    stages = _PlannedStages(request, mesh, target)
+    is_split = mesh is not None
+    if mesh is None:  # shapes have to name the device all the same
+        mesh = sharding.make_mesh(MeshConfig(fsdp=1), target.devices[:1])
+    there, batch, dtype = Placement(mesh), request.batch_size, jnp.dtype(request.dtype)
+    block_form = block_form_for(target.chip.platform)
+    networks = NetworkShapes(bundle, dtype, mesh, block_form == "list")
+    configs = {kind: component.config for kind, component in bundle.components.items()}
+    programs = StagePrograms(configs, dtype, there if is_split else Placement(), block_form)
+    mmdit, vae_params = networks.get("mmdit"), networks.get("vae")
+
+    found: dict[str, Program] = {}
+    ids = _lying(blank_ids(preset), there.split(None))
+    found["text"] = programs.text(networks.get("t5"), networks.get("clip"), ids, mask=False)
+    txt, vec = found["text"].result_shapes()
+    vae = programs.vae(EXACT.vae_encode_dtype)
     width, height = request.size
-    grid = height // preset.vae.downsampling, width // preset.vae.downsampling
-    batch, dtype = request.batch_size, jnp.dtype(request.dtype)
-    noise = jnp.zeros((batch, *grid, preset.vae.z_channels), np.float32)
-    txt, vec = stages.encode_text("a prompt")
-    txt, vec = (jnp.zeros((batch, *x.shape[1:]), dtype) for x in (txt, vec))
-    references = ()
     if request.num_references:
-        stages.encode_picture(np.zeros((height, width, 3), np.uint8))
-        references = (noise,) * request.num_references
-    guidance = np.ones(batch, np.float32) if preset.mmdit.guidance_embed else None
-    x = stages.denoise(
+        picture = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+        found["encode"] = programs.encode(vae, vae_params, _lying(picture, there.split(None)))
+    grid = height // vae.downsampling, width // vae.downsampling
+    noise = jnp.zeros((batch, *grid, vae.config.z_channels), jnp.float32)
+    given = Denoising(
         noise,
-        txt,
-        vec,
-        num_steps=request.num_steps,
+        (jnp.zeros((batch, *txt.shape[1:]), dtype), jnp.zeros((batch, *vec.shape[1:]), dtype)),
+        request.num_steps,
         sampler=request.sampler,
         seeds=range(batch),
-        guidance=guidance,
-        references=references,
+        guidance=np.ones(batch, np.float32) if preset.mmdit.guidance_embed else None,
+        references=(noise,) * request.num_references,
     )
-    at_once = stages.num_batch_parts
-    stages.decode(x[:at_once])
+    arrays = denoise_arrays(given, preset, configs["mmdit"], dtype)
+    times = _lying(arrays.timesteps, there.split(None))
+    batched = arrays._replace(timesteps=None)
+    arrays = _lying(batched, sharding.batch_shardings(mesh, batched))._replace(timesteps=times)
+    found["prepare"] = programs.prepare(mmdit, arrays, EXACT)
+    steps = _lying(found["prepare"].result_shapes(), there.split(1))
+    bounds = _lying((np.int32(0), np.int32(request.num_steps)), there.split(None))
+    found["run"] = programs.run(mmdit, arrays, steps, bounds, request.sampler, EXACT)
+    at_once = there.num_batch_parts
+    vae = programs.vae(EXACT.vae_decode_dtype)
+    x = jax.ShapeDtypeStruct((at_once, *noise.shape[1:]), programs.unscale_dtype(EXACT))
+    found["decode"] = programs.decode(
+        vae, vae_params, _lying(x, there.split(0 if is_split else None)), 0
+    )
 
-    times = {"encode": request.num_references, "decode": batch // at_once}
-    repeats = {"run": request.num_steps}
+    held = {NETWORK_NAMES[kind]: tree_bytes(networks.get(kind)) for kind in NETWORK_NAMES}
+    free = target.chip.hbm_bytes - sum(held.values())
+    in_tiles = {name for name in ("encode", "decode") if needs_tiles(vae, height, width, free)}
+    times_of = {"encode": request.num_references, "decode": batch // at_once}
     return [
-        Stage(name, planned, times.get(name, 1), repeats.get(name, 1), name in stages.in_tiles)
-        for name, planned in stages.programs().items()
+        Stage(
+            name,
+            _planned(name, program, request, mesh, held),
+            times_of.get(name, 1),
+            request.num_steps if name == "run" else 1,
+            name in in_tiles,
+        )
+        for name, program in found.items()
     ]
 
 
-class _NoPlacement(placement.Placement):
-    """Leaves arrays where they are, and remembers where they should have gone."""
-
-    def __init__(self, mesh: Mesh):
-        super().__init__(mesh)
-        object.__setattr__(self, "remembered", {})
-
-    def split(self, axis: int | None = 0) -> None:
-        return None
-
-    def place(self, batch: Any) -> Any:
-        self.remember(batch, sharding.batch_shardings(self.mesh, batch))
-        return batch
-
-    def remember(self, tree: Any, places: Any) -> None:
-        for leaf, where in zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True):
-            self.remembered[id(leaf)] = leaf, where
+def _lying(tree: Any, where: Any) -> Any:
+    """Shapes of a tree of arrays, with a sharding for all or a tree of them."""
+    if isinstance(where, NamedSharding):
+        where = jax.tree.map(lambda _: where, tree)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x), sharding=place),
+        tree,
+        where,
+    )
 
 
-class _PlannedStages(Stages):
-    """Stages that write down what they would compile."""
+def _planned(
+    name: str, program: Program, request: Request, mesh: Mesh, held: dict[str, float]
+) -> Planned:
+    """The program beside the weights of all networks, which stay in memory."""
+    used = {NETWORK_NAMES[kind] for kind in WEIGHTS_USED_BY[name]}
+    inputs = tree_bytes(program.args) - sum(held[network] for network in used)
+    return Planned(
+        title=_title(name, request),
+        program=program,
+        mesh=mesh,
+        purpose="sample",
+        held=held | {"inputs": inputs},
+        beside=tuple(network for network in held if network not in used),
+        flops=_flops(request) if name == "run" else None,
+        images=request.batch_size,
+    )
 
-    def __init__(self, request: Request, mesh: Mesh, target: Target):
-        super().__init__(untrained_bundle(request.preset), dtype=request.dtype)
-        self._request, self._target, self._mesh = request, target, mesh
-        self._placement = _NoPlacement(mesh)
-        self._block_form = block_form_for(target.chip.platform)
-        self._tokenizers = BlankTokenizers(self.preset)
-        self._found: dict[str, Planned] = {}
-        self.in_tiles: set[str] = set()
 
-    @property
-    def num_batch_parts(self) -> int:
-        return self._placement.num_batch_parts
+def _num_image_tokens(request: Request) -> int:
+    return latents.num_tokens(*request.size) * (1 + request.num_references)
 
-    def programs(self) -> dict[str, Planned]:
-        """By name, each with the weights of all networks, which stay in memory."""
-        held = {NETWORK_NAMES[kind]: tree_bytes(self._load(kind)) for kind in NETWORK_NAMES}
-        found = {}
-        for name, planned in self._found.items():
-            used = {NETWORK_NAMES[kind] for kind in WEIGHTS_USED_BY[name]}
-            inputs = tree_bytes(planned.program.args) - sum(held[network] for network in used)
-            found[name] = dataclasses.replace(
-                planned,
-                held=held | {"inputs": inputs},
-                beside=tuple(network for network in held if network not in used),
-            )
-        return found
 
-    def _load(self, kind: str) -> Any:
-        if kind not in self._params:
-            dtype = jnp.float32 if kind == "vae" else self._compute_dtype
-            shapes = parameter_shapes(kind, self.bundle.components[kind].config)
-            if kind == "mmdit" and self._block_form == "list":
-                shapes = jax.eval_shape(unstacked, shapes)
-            self._params[kind] = jax.tree.map(
-                lambda x, where: jax.ShapeDtypeStruct(x.shape, dtype, sharding=where),
-                shapes,
-                state_shardings(self._mesh, shapes),
-            )
-        return self._params[kind]
+def _flops(request: Request) -> float:
+    """Operations of all steps."""
+    preset = PRESETS[request.preset]
+    once = mmdit_flops(preset.mmdit, preset.max_text_tokens, _num_image_tokens(request)).forward
+    return once * request.num_steps * request.batch_size
 
-    def _tile_px(self, vae: VAE, height_px: int, width_px: int) -> int | None:
-        held = sum(tree_bytes(self._load(kind)) for kind in NETWORK_NAMES)
-        free = self._target.chip.hbm_bytes - held
-        self._needs_tiles = vae_peak_bytes(vae.config, height_px, width_px, vae.dtype) > 0.9 * free
-        return None
 
-    def _compile(self, key, make, *args, dtype: Any = None, batch_axis: int | None = None):
-        name = key[0]
-        everywhere = NamedSharding(self._mesh, PartitionSpec())
-        real, is_split = placement.Placement(self._mesh), self._mesh.size > 1
-
-        def shape_of(x: Any) -> jax.ShapeDtypeStruct:
-            if isinstance(x, jax.ShapeDtypeStruct):
-                return x
-            _, where = self._placement.remembered.get(id(x), (x, everywhere))
-            return jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x), sharding=where)
-
-        if name in ("encode", "decode") and self._needs_tiles:
-            self.in_tiles.add(name)
-        shapes = jax.tree.map(shape_of, args)
-        program = Program(
-            key,
-            make,
-            shapes,
-            out_shardings=real.split(batch_axis) if is_split else None,
-            precision=precision_of(self._compute_dtype if dtype is None else dtype),
-            mesh=self._mesh if is_split else None,
-        )
-        self._found[name] = Planned(
-            title=self._title(name, args),
-            program=program,
-            mesh=self._mesh,
-            purpose="sample",
-            flops=self._flops() if name == "run" else None,
-            images=self._request.batch_size,
-        )
-
-        def run(*args):
-            results = program.result_shapes()
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), results)
-            self._placement.remember(zeros, jax.tree.map(lambda _: real.split(batch_axis), zeros))
-            return zeros
-
-        return run
-
-    def _finite(self, x: Any, what: str) -> Any:
-        return x
-
-    def _num_tokens(self) -> int:
-        width, height = self._request.size
-        tokens = latents.num_tokens(width, height) * (1 + self._request.num_references)
-        return tokens + self.preset.max_text_tokens
-
-    def _flops(self) -> float:
-        num_text = self.preset.max_text_tokens
-        once = mmdit_flops(self.preset.mmdit, num_text, self._num_tokens() - num_text).forward
-        return once * self._request.num_steps * self._request.batch_size
-
-    def _title(self, name: str, args: tuple) -> str:
-        request = self._request
-        width, height = request.size
-        return {
-            "text": "text encoders: one prompt",
-            "encode": f"autoencoder: a {width}×{height} reference to latents",
-            "prepare": f"modulation of all {request.num_steps} steps",
-            "run": f"denoiser: {request.batch_size} × {width}×{height}, {request.num_references} "
-            f"reference(s), {self._num_tokens()} tokens, {request.num_steps} steps",
-            "decode": f"autoencoder: latents to a {width}×{height} picture",
-        }[name]
+def _title(name: str, request: Request) -> str:
+    width, height = request.size
+    num_tokens = _num_image_tokens(request) + PRESETS[request.preset].max_text_tokens
+    return {
+        "text": "text encoders: one prompt",
+        "encode": f"autoencoder: a {width}×{height} reference to latents",
+        "prepare": f"modulation of all {request.num_steps} steps",
+        "run": f"denoiser: {request.batch_size} × {width}×{height}, {request.num_references} "
+        f"reference(s), {num_tokens} tokens, {request.num_steps} steps",
+        "decode": f"autoencoder: latents to a {width}×{height} picture",
+    }[name]

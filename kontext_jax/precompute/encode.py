@@ -31,8 +31,8 @@ from kontext_jax.data.encoded.records import ShardWriter, facts_hash, lock_part
 from kontext_jax.data.filters import FilterError
 from kontext_jax.precompute.encoding import Encoding, Networks, check_room
 from kontext_jax.precompute.jobs import Cutting, bytes_needed, list_jobs, read_stored
-from kontext_jax.sampling.stages import DTYPES
 from kontext_jax.terminal import progress_line, size_text
+from kontext_jax.types import DTYPES
 from kontext_jax.weights.bundle import ModelBundle
 from kontext_jax.weights.encoders import encoder_facts
 from kontext_jax.weights.untrained import untrained_bundle

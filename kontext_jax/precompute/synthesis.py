@@ -22,6 +22,7 @@ from kontext_jax.data.encoded.records import SampleEntry, ShardWriter, prompt_ke
 from kontext_jax.data.index import hash_id
 from kontext_jax.flow.samplers import initial_noise
 from kontext_jax.precompute.encoding import Networks
+from kontext_jax.sampling.denoising import Denoising
 from kontext_jax.sampling.stages import Stages
 
 SHARD_S = 300.0  # a shard is closed when it is so old, since its examples took long to make
@@ -219,15 +220,14 @@ class Synthesis:
             null = self._givens.null_text()
             given["negative"] = tuple(np.stack([x] * self._batch_size) for x in null)
             given["true_cfg_scale"] = scale
-        made = self._stages.denoise(
+        denoising = Denoising(
             initial_noise(seeds, rows, columns, preset.vae.z_channels),
-            txt,
-            vec,
-            num_steps=self._recipe.num_steps,
+            (txt, vec),
+            self._recipe.num_steps,
             references=[
                 jax.numpy.asarray(batch(column), np.float32)
                 for column in zip(*references, strict=True)
             ],
             **given,
         )
-        return np.asarray(made, np.float32)
+        return np.asarray(self._stages.denoise(denoising), np.float32)

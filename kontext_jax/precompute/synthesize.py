@@ -40,8 +40,9 @@ from kontext_jax.precompute.synthesis import (
     choose,
 )
 from kontext_jax.runtime.placement import parse_mesh, sampling_mesh
-from kontext_jax.sampling.stages import DTYPES, Stages
+from kontext_jax.sampling.stages import Stages
 from kontext_jax.terminal import progress_line, size_text
+from kontext_jax.types import DTYPES
 from kontext_jax.weights.bundle import ModelBundle
 from kontext_jax.weights.encoders import encoder_facts
 

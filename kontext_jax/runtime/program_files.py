@@ -14,6 +14,12 @@ this user run anything, as with JAX's own cache of compiled programs. So the fol
 the user and be writable by nobody else; never copy such files from others.
 
 Programs of one device only, without donated arguments.
+
+What it buys: a start of `kontext edit` with the small model in 1.8 s in place of 6.7 s, since JAX's
+own cache saves compiling alone, and tracing and lowering take the rest. It stands on parts of JAX
+that are not public (`runtime_executable`, `serialize_executable`, `DeviceList`); a version that
+lacks them makes programs anew, and says so. Delete this file, and `files` in `programs.Executables`
+with it, once JAX's cache spares tracing, or once its exported programs load as fast.
 """
 
 import functools

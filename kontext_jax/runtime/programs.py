@@ -165,7 +165,13 @@ class Program:
 
 
 class Executor(Protocol):
-    """Decides what becomes of a program."""
+    """Decides what becomes of a program.
+
+    Attributes:
+      computes: whether the results are computed; otherwise arrays of their shapes stand for them.
+    """
+
+    computes: bool
 
     def get(self, program: Program) -> Callable:
         """A function of the program's arguments that gives its results, or what stands for them."""
@@ -185,6 +191,8 @@ class Executables:
       files: where programs are kept and looked for, if they donate nothing and nothing is said of
         their results' shardings; None for nowhere.
     """
+
+    computes = True
 
     def __init__(
         self,
@@ -247,17 +255,12 @@ class CompileOnly:
 
     Args:
       executables: compile the programs, and keep them on disk if they do so.
-
-    Attributes:
-      num_programs: how many programs were compiled or found on disk so far.
     """
+
+    computes = False
 
     def __init__(self, executables: Executables):
         self._executables = executables
-
-    @property
-    def num_programs(self) -> int:
-        return len(self._executables)
 
     def get(self, program: Program) -> Callable:
         compiled = self._executables.get(program)

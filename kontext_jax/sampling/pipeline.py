@@ -10,22 +10,29 @@ before as its reference, without passing through pixels.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from kontext_jax.flow.samplers import initial_noise
+from kontext_jax.models.presets import Preset
 from kontext_jax.pictures import files as images
 from kontext_jax.pictures import latents
 from kontext_jax.runtime.placement import format_mesh
+from kontext_jax.runtime.programs import Executables, Timings
 from kontext_jax.runtime.versions import VERSION
 from kontext_jax.runtime.versions import versions as versions_of
+from kontext_jax.sampling.denoising import Denoising
 from kontext_jax.sampling.requests import PreparedRequest, request_to_dict
 from kontext_jax.sampling.stages import OnStep, Stages
+from kontext_jax.sampling.tiling import Tiling
 from kontext_jax.types import Float, UInt8
+from kontext_jax.weights.bundle import ModelBundle
 
 METADATA_FORMAT = 1
 TOKENS_PER_BATCH = 8192  # a batch is filled up to this: one edit of a megapixel, several small ones
@@ -77,17 +84,58 @@ class _Item:
     prepared: PreparedRequest
 
 
-class Pipeline(Stages):
-    """Edits pictures; takes what `Stages` takes, and
+class Pipeline:
+    """Edits pictures: weights of one bundle, and batches of requests through its stages.
 
     Args:
+      bundle, dtype, tiling, mesh, programs_dir, tell, executables, compile_only: see `Stages`.
       keep_text_encoders: False frees T5 and CLIP once all prompts are encoded, before the
         transformer is read.
+
+    Attributes:
+      stages: the stages of an edit, for callers that go their own way through them.
+
+    Raises:
+      ValueError: there is no such dtype.
     """
 
-    def __init__(self, *args, keep_text_encoders: bool = True, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._keep_text_encoders = keep_text_encoders
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        *,
+        dtype: str | None = None,
+        tiling: Tiling = "auto",
+        mesh: Mesh | None = None,
+        programs_dir: str | os.PathLike | None = None,
+        keep_text_encoders: bool = True,
+        tell: Callable[[str], None] = lambda line: None,
+        executables: Executables | None = None,
+        compile_only: bool = False,
+    ):
+        self.stages = Stages(
+            bundle,
+            dtype=dtype,
+            tiling=tiling,
+            mesh=mesh,
+            programs_dir=programs_dir,
+            tell=tell,
+            executables=executables,
+            compile_only=compile_only,
+        )
+        self._keep_text_encoders, self._tell = keep_text_encoders, tell
+
+    @property
+    def preset(self) -> Preset:
+        return self.stages.preset
+
+    @property
+    def dtype(self) -> str:
+        """Compute dtype of the text encoders and the transformer."""
+        return self.stages.dtype
+
+    @property
+    def timings(self) -> Timings:
+        return self.stages.timings
 
     def edit(
         self,
@@ -119,7 +167,7 @@ class Pipeline(Stages):
                         yield Failure(index, error)
                     continue
                 # Memory may suffice for one row, and one bad row must not spoil the others.
-                least = self._placement.num_batch_parts
+                least = self.stages.placement.num_batch_parts
                 for item in wanted:
                     try:
                         yield from self._edit_batch(
@@ -140,15 +188,15 @@ class Pipeline(Stages):
                 for item in items:
                     yield [item] * place.batch_size, [place]
                 continue
-            parts = self._placement.num_batch_parts
+            parts = self.stages.placement.num_batch_parts
             most = self._largest_batch(items[0].prepared) * parts
             num_batches = -(-len(items) // most)
             size = -(-len(items) // (num_batches * parts)) * parts
             if len(items) < parts:
                 self._tell(
-                    f"the mesh {format_mesh(self._placement.sizes)} splits a batch in {parts}, of "
-                    f"which {parts - len(items)} hold copies; context or tensor spreads one "
-                    "picture over all devices"
+                    f"the mesh {format_mesh(self.stages.placement.sizes)} splits a batch in "
+                    f"{parts}, of which {parts - len(items)} hold copies; context or tensor "
+                    "spreads one picture over all devices"
                 )
             for start in range(0, len(items), size):
                 rows = items[start : start + size]
@@ -164,7 +212,9 @@ class Pipeline(Stages):
         first = rows[0].prepared
         numerics = first.numerics
         width_px, height_px = first.sizes.output
-        noise_dtype = jnp.float32 if numerics.euler_dtype == "float32" else self._compute_dtype
+        noise_dtype = (
+            jnp.float32 if numerics.euler_dtype == "float32" else self.stages.compute_dtype
+        )
         references = [
             jnp.concatenate([self._encode_reference(row.prepared, i) for row in rows])
             for i in range(len(first.pictures))
@@ -187,10 +237,10 @@ class Pipeline(Stages):
                 for row in rows
                 if row.prepared.request.negative_prompt is not None
             ]
-            final = self.denoise(
+            given = Denoising(
                 jnp.concatenate(noise),
-                *_stacked(text),
-                num_steps=first.request.num_steps,
+                _stacked(text),
+                first.request.num_steps,
                 sampler=first.request.sampler,
                 timesteps=first.request.timesteps,
                 seeds=seeds,
@@ -200,8 +250,8 @@ class Pipeline(Stages):
                 true_cfg_scale=_column(row.prepared.request.true_cfg_scale for row in rows),
                 numerics=numerics,
                 position_rule=first.request.position_rule,
-                on_step=on_step,
             )
+            final = self.stages.denoise(given, on_step)
             for place, image in self._decode_places(final, places, numerics):
                 item = rows[place.row]
                 pixels = latents.model_to_pixels(image, numerics.uint8_rule)
@@ -220,12 +270,12 @@ class Pipeline(Stages):
 
     def _decode_places(self, final, places, numerics) -> Iterator[tuple[Place, np.ndarray]]:
         """The wanted pictures, as many at a time as devices share a batch."""
-        parts = self._placement.num_batch_parts
+        parts = self.stages.placement.num_batch_parts
         rows_of_part = final.shape[0] // parts
         for i in range(rows_of_part):
             wanted = [place for place in places if place.row % rows_of_part == i]
             if wanted:
-                decoded = self.decode(final[i::rows_of_part], numerics)
+                decoded = self.stages.decode(final[i::rows_of_part], numerics)
                 yield from ((place, decoded[place.row // rows_of_part]) for place in wanted)
 
     def _metadata(self, item: _Item, turn: int, place: Place) -> dict[str, Any]:
@@ -251,11 +301,11 @@ class Pipeline(Stages):
             },
             "place": dataclasses.asdict(place),
             "model": self.preset.name,
-            "weights": self.bundle.identity,
-            "loras": [dataclasses.asdict(lora) for lora in self.bundle.adapters],
+            "weights": self.stages.bundle.identity,
+            "loras": [dataclasses.asdict(lora) for lora in self.stages.bundle.adapters],
             "dtype": self.dtype,
-            "tiling": self._tiling,
-            "mesh": self._placement.sizes,
+            "tiling": self.stages.tiling,
+            "mesh": self.stages.placement.sizes,
             "device": jax.devices()[0].device_kind,
             "versions": versions(),
         }
@@ -269,16 +319,17 @@ class Pipeline(Stages):
             if request.negative_prompt is not None:
                 prompts.append(request.negative_prompt)
             wanted |= dict.fromkeys((prompt, request.text_mask) for prompt in prompts)
-        features = {(prompt, mask): self.encode_text(prompt, mask) for prompt, mask in wanted}
+        features = {
+            (prompt, mask): self.stages.encode_text(prompt, mask) for prompt, mask in wanted
+        }
         if not self._keep_text_encoders:
-            self._params.pop("t5", None)
-            self._params.pop("clip", None)
+            self.stages.networks.drop("t5", "clip")
         return features
 
     def _encode_reference(self, prepared: PreparedRequest, index: int) -> jax.Array:
         fit = prepared.sizes.references[index]
         pixels = images.resize(prepared.pictures[index].pixels, *fit.size, box=fit.box)
-        return self.encode_picture(pixels, prepared.numerics)
+        return self.stages.encode_picture(pixels, prepared.numerics)
 
 
 def _prompts(prepared: PreparedRequest) -> tuple[str, ...]:

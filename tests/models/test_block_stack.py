@@ -12,6 +12,7 @@ from kontext_jax.models.parameter_axes import BLOCK_STACKS, COPIED, parameter_ax
 from kontext_jax.models.presets import MMDiTConfig
 from kontext_jax.ops.rope import rope_table
 from kontext_jax.sampling import stages
+from kontext_jax.sampling.denoising import Denoising
 from kontext_jax.weights.bundle import Listed
 from kontext_jax.weights.untrained import untrained_bundle
 
@@ -111,10 +112,8 @@ def test_the_stages_denoise_alike_in_both_forms(monkeypatch):
     def latents(form):
         monkeypatch.setattr(stages, "block_form_for", lambda platform: form)
         sampler = stages.Stages(bundle)
-        found = sampler.denoise(
-            noise, txt, vec, num_steps=2, guidance=np.ones(1, np.float32), references=[noise]
-        )
-        return found, sampler._params["mmdit"]
+        given = Denoising(noise, (txt, vec), 2, guidance=np.ones(1, np.float32), references=[noise])
+        return sampler.denoise(given), sampler.networks.get("mmdit")
 
     (want, scanned), (got, listed) = latents("scan"), latents("list")
     np.testing.assert_allclose(got, want, atol=1e-4)

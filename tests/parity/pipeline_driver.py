@@ -17,6 +17,7 @@ from kontext_jax.numerics import DIFFUSERS, Numerics
 from kontext_jax.pictures import files as images
 from kontext_jax.pictures import latents
 from kontext_jax.pictures.sizes import SizePlan, plan_sizes
+from kontext_jax.sampling.denoising import Denoising
 from kontext_jax.sampling.pipeline import Pipeline
 
 DEFAULT_MAX_AREA = 1024**2
@@ -70,7 +71,7 @@ class Edit:
 def encode_texts(pipeline: Pipeline, prompts: str | list[str]):
     """Features of one prompt or several, [B, T, …] and [B, …]."""
     encoded = [
-        pipeline.encode_text(p) for p in ([prompts] if isinstance(prompts, str) else prompts)
+        pipeline.stages.encode_text(p) for p in ([prompts] if isinstance(prompts, str) else prompts)
     ]
     return tuple(jnp.concatenate(features) for features in zip(*encoded, strict=True))
 
@@ -106,25 +107,25 @@ def edit(
     if picture is not None:
         fit = sizes.references[0]
         pixels = images.resize(picture, *fit.size, box=fit.box)
-        reference = pipeline.encode_picture(pixels, DIFFUSERS)
+        reference = pipeline.stages.encode_picture(pixels, DIFFUSERS)
         reference = jnp.broadcast_to(reference, (batch, *reference.shape[1:]))
     takes_guidance = pipeline.preset.mmdit.guidance_embed
     guided = negative is not None and call.get("true_cfg_scale", 1) > 1
     txt, vec = map(jnp.asarray, features)
     negative = tuple(map(jnp.asarray, negative)) if guided else None
-    final = pipeline.denoise(
+    given = Denoising(
         to_nhwc(noise).astype(pipeline.dtype),
-        txt,
-        vec,
-        num_steps=call["num_inference_steps"],
+        (txt, vec),
+        call["num_inference_steps"],
         guidance=np.full(batch, call["guidance_scale"], np.float32) if takes_guidance else None,
         references=[] if reference is None else [reference],
         negative=negative,
         true_cfg_scale=np.full(batch, call["true_cfg_scale"], np.float32) if guided else None,
         numerics=numerics,
     )
+    final = pipeline.stages.denoise(given)
     decoded = np.concatenate(
-        [pipeline.decode(final[i : i + 1], DIFFUSERS) for i in range(batch)]
+        [pipeline.stages.decode(final[i : i + 1], DIFFUSERS) for i in range(batch)]
     ).astype(np.float32)
     return Edit(pixels, reference, txt, vec, negative, final, decoded)
 

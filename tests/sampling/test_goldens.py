@@ -14,7 +14,8 @@ import kontext_jax
 from convert_weights import open_foreign_bundle
 from kontext_jax.numerics import DIFFUSERS
 from kontext_jax.pictures import latents
-from kontext_jax.sampling.pipeline import Pipeline
+from kontext_jax.sampling.denoising import Denoising
+from kontext_jax.sampling.stages import Stages
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 TOKENIZERS = Path(kontext_jax.__file__).parent / "assets" / "tokenizers"
@@ -34,20 +35,20 @@ def test_an_edit_equals_diffusers(diffusers_folder):
     asked = json.loads((GOLDENS / "edit.json").read_text())
     bundle = open_foreign_bundle(diffusers_folder)
     preset = dataclasses.replace(bundle.preset, max_text_tokens=asked["max_text_tokens"])
-    pipeline = Pipeline(dataclasses.replace(bundle, preset=preset), dtype="float32")
+    stages = Stages(dataclasses.replace(bundle, preset=preset), dtype="float32")
 
-    txt, vec = pipeline.encode_text(asked["prompt"])
-    reference = pipeline.encode_picture(g["edit.reference"], DIFFUSERS)
-    final = pipeline.denoise(
+    text = stages.encode_text(asked["prompt"])
+    reference = stages.encode_picture(g["edit.reference"], DIFFUSERS)
+    given = Denoising(
         jnp.asarray(np.moveaxis(g["edit.noise"], 1, -1)),
-        txt,
-        vec,
-        num_steps=asked["num_steps"],
+        text,
+        asked["num_steps"],
         guidance=np.array([asked["guidance"]], np.float32),
         references=[reference],
         numerics=DIFFUSERS,
     )
-    decoded = pipeline.decode(final, DIFFUSERS)
+    final = stages.denoise(given)
+    decoded = stages.decode(final, DIFFUSERS)
 
     np.testing.assert_allclose(latents.pack(final), g["edit.final_tokens"], rtol=0, atol=1e-3)
     image = np.clip(decoded / 2 + 0.5, 0, 1)

@@ -12,6 +12,7 @@ from PIL import Image
 from kontext_jax.models.presets import PRESETS, MMDiTConfig, VAEConfig
 from kontext_jax.numerics import EXACT
 from kontext_jax.pictures.latents import model_to_pixels
+from kontext_jax.sampling.denoising import Denoising
 from kontext_jax.sampling.pipeline import Failure, Pipeline, Place
 from kontext_jax.sampling.requests import SampleRequest, prepare
 from kontext_jax.weights.untrained import untrained_bundle
@@ -73,9 +74,7 @@ def another(bundle, pipeline):
     """Makes further pipelines; programs that `pipeline` has are not compiled again."""
 
     def make(bundle=bundle, **options):
-        made = Pipeline(bundle, **options)
-        made._executables = pipeline._executables
-        return made
+        return Pipeline(bundle, executables=pipeline.stages.executables, **options)
 
     return make
 
@@ -107,7 +106,7 @@ def test_the_same_request_gives_the_same_picture(pipeline, another, picture):
 def test_a_result_carries_the_latents_that_decode_to_it(pipeline, picture):
     for result in pipeline.edit([request(images=[picture], num_images=2)]):
         assert result.latents.shape == (6, 8, 16)
-        (image,) = pipeline.decode(jnp.asarray(result.latents)[None])
+        (image,) = pipeline.stages.decode(jnp.asarray(result.latents)[None])
         np.testing.assert_array_equal(model_to_pixels(image, "round"), result.pixels)
 
 
@@ -183,14 +182,14 @@ def test_one_step_at_a_time_equals_the_whole_run(pipeline, picture, sampler):
 
 def test_a_further_turn_edits_the_latents_of_the_turn_before(pipeline, picture, monkeypatch):
     calls = []
-    denoise = pipeline.denoise
+    denoise = pipeline.stages.denoise
 
-    def watched(noise, *args, references, **options):
-        final = denoise(noise, *args, references=references, **options)
-        calls.append((noise, references, final))
+    def watched(given, on_step):
+        final = denoise(given, on_step)
+        calls.append((given.noise, given.references, final))
         return final
 
-    monkeypatch.setattr(pipeline, "denoise", watched)
+    monkeypatch.setattr(pipeline.stages, "denoise", watched)
     pixels = made(pipeline, request(images=[picture], then=["make it green", "and blue"]))
     assert sorted(pixels) == [(0, 0, 0), (0, 0, 1), (0, 0, 2)]
     for before, after in itertools.pairwise(calls):
@@ -230,9 +229,9 @@ def test_bfloat16_is_near_float32(another, pipeline, picture):
 
 
 def test_tiles_do_not_show(another, pipeline, monkeypatch):
-    monkeypatch.setattr("kontext_jax.sampling.stages.TILE_PX", 32)
+    monkeypatch.setattr("kontext_jax.sampling.tiling.TILE_PX", 32)
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
-    tiled = another(tiling="on")
+    tiled, pipeline = another(tiling="on").stages, pipeline.stages
     whole = pipeline.encode_picture(pixels)
     np.testing.assert_allclose(tiled.encode_picture(pixels), whole, atol=1e-4)
     np.testing.assert_allclose(tiled.decode(whole), pipeline.decode(whole), atol=1e-4)
@@ -241,7 +240,11 @@ def test_tiles_do_not_show(another, pipeline, monkeypatch):
 def test_text_encoders_are_freed_when_asked(another, picture):
     pipeline = another(keep_text_encoders=False)
     single(pipeline, images=[picture])
-    assert sorted(pipeline._params) == ["mmdit", "vae"]
+    loads = pipeline.timings.seconds["load"]
+    pipeline.stages.networks.get("mmdit"), pipeline.stages.networks.get("vae")
+    assert pipeline.timings.seconds["load"] == loads
+    pipeline.stages.networks.get("t5"), pipeline.stages.networks.get("clip")
+    assert pipeline.timings.seconds["load"] > loads
 
 
 def spoiled(bundle, kind):
@@ -270,14 +273,14 @@ def test_what_is_not_finite_is_an_error_not_a_picture(bundle, another, picture, 
 
 def test_a_failure_does_not_stop_other_requests(pipeline, picture, tmp_path, monkeypatch):
     Image.new("RGB", (80, 56)).save(tmp_path / "black.png")
-    encode = pipeline.encode_picture
+    encode = pipeline.stages.encode_picture
 
     def fails_on_black(pixels, numerics=EXACT):
         if not pixels.any():
             raise FloatingPointError("spoiled")
         return encode(pixels, numerics)
 
-    monkeypatch.setattr(pipeline, "encode_picture", fails_on_black)
+    monkeypatch.setattr(pipeline.stages, "encode_picture", fails_on_black)
     names = [picture, str(tmp_path / "black.png"), picture]
     results = list(pipeline.edit([request(images=[name]) for name in names]))
     assert [r.request_index for r in results] == [0, 1, 2]
@@ -291,13 +294,13 @@ def test_long_prompts_are_cut_and_said(another, picture):
     assert len(lines) == 1 and "tokens" in lines[0]
 
 
-def test_renoising_needs_the_seeds_and_euler_does_not(pipeline):
-    noise, txt, vec = np.zeros((1, 6, 8, 16)), np.zeros((1, 16, 64)), np.zeros((1, 64))
-    given = {"num_steps": 1, "guidance": np.ones(1, np.float32)}
+def test_renoising_needs_the_seeds_and_euler_does_not():
+    given = np.zeros((1, 6, 8, 16)), (np.zeros((1, 16, 64)), np.zeros((1, 64))), 1
     with pytest.raises(ValueError, match="give it the seeds"):
-        pipeline.denoise(noise, txt, vec, sampler="renoise", **given)
+        Denoising(*given, sampler="renoise")
     with pytest.raises(ValueError, match="'ddim'; expected one of euler, renoise"):
-        pipeline.denoise(noise, txt, vec, sampler="ddim", **given)
+        Denoising(*given, sampler="ddim")
+    Denoising(*given)
 
 
 def test_unknown_dtypes_are_refused(bundle):

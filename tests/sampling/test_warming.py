@@ -19,12 +19,12 @@ ROOT = Path(__file__).parents[2]
 COUNTING = """
 import collections, json, sys
 import jax
-from kontext_jax import compiling
+from kontext_jax.runtime import programs
 import sample
 events, made = collections.Counter(), []
 jax.monitoring.register_event_listener(lambda event, **_: events.update([event.split("/")[-1]]))
-compile = compiling.Executables._compile
-compiling.Executables._compile = lambda self, *args: made.append(1) or compile(self, *args)
+lower = programs.Program.lower
+programs.Program.lower = lambda self, **options: made.append(1) or lower(self, **options)
 status = sample.main(sys.argv[1:])
 print(json.dumps({"status": status, "made": len(made), **events}))
 """
