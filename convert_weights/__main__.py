@@ -3,12 +3,12 @@
 import argparse
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import rich.progress
 import rich.table
 from rich.console import Console
 
@@ -21,6 +21,7 @@ from convert_weights.runs import run_to_jax, run_to_torch
 from convert_weights.to_jax import Summary, to_jax
 from convert_weights.to_torch import LAYOUTS, to_torch
 from kontext_jax.models.presets import PRESETS
+from kontext_jax.terminal import Progress, size_text
 from kontext_jax.weights.bundle import as_dtype
 from kontext_jax.weights.run import ITEM_OF, is_run
 
@@ -187,22 +188,26 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
-def _progress(console: Console, title: str):
-    columns = (
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.DownloadColumn(),
-        rich.progress.TransferSpeedColumn(),
-        rich.progress.TimeRemainingColumn(),
-    )
-    hidden = not console.is_terminal
-    with rich.progress.Progress(
-        *columns, console=console, transient=True, disable=hidden
-    ) as progress:
+def _progress(title: str):
+    """Gives `start(total)`, which begins a bar of bytes and gives what advances it."""
+    with ExitStack() as open_bars:
 
         def start(total: int) -> Callable[[int], None]:
-            task = progress.add_task(title, total=total)
-            return lambda count: progress.advance(task, count)
+            bar = open_bars.enter_context(Progress(total, stderr=True))
+            done, lock = 0, threading.Lock()  # several threads write
+
+            def line() -> str:
+                sizes = f"{size_text(done)} of {size_text(total)}"
+                speed = size_text(done / max(bar.seconds, 1e-9))
+                return f"{title}: {sizes} · {speed}/s · {bar.time_left(done)}"
+
+            def advance(count: int) -> None:
+                nonlocal done
+                with lock:
+                    done += count
+                    bar.update(done, line)
+
+            return advance
 
         yield start
 
@@ -225,8 +230,8 @@ def _inspect(console: Console, args: argparse.Namespace) -> None:
         console.print(table)
 
 
-def _check(console: Console, args: argparse.Namespace) -> int:
-    with _progress(console, "compare") as start:
+def _check(args: argparse.Namespace) -> int:
+    with _progress("compare") as start:
         differences, remarks = compare(args.a, args.b, args.axes_dim, start)
     for line in remarks:
         print(line)
@@ -278,17 +283,17 @@ def _convert_run(args: argparse.Namespace, runs: list[str], dtype, start) -> Sum
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; 0 is success, 1 a difference or an error, told on standard error."""
     args = make_parser().parse_args(argv)
-    console, begin = Console(stderr=True), time.perf_counter()
+    begin = time.perf_counter()
     try:
         if args.command == "inspect":
             _inspect(Console(), args)
             return 0
         if args.command == "check":
-            return _check(console, args)
+            return _check(args)
         if args.command == "lora":
             _lora(args)
             return 0
-        with _progress(console, args.command) as start:
+        with _progress(args.command) as start:
             summary = _convert(args, start)
         print(_summary(summary, args.out, time.perf_counter() - begin))
         return 0

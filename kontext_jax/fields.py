@@ -12,13 +12,14 @@ misspelt, the nearest one.
 """
 
 import dataclasses
-import difflib
 import functools
 import math
 import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
+
+from kontext_jax.terminal import did_you_mean
 
 WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
@@ -39,27 +40,13 @@ def keys(cls: type, prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-def nearest_key(key: str, choices: Sequence[str]) -> str | None:
-    """The choice that `key` most likely means: by spelling, by its last word, or by initials."""
-
-    def likeness(choice: str) -> float:
-        word, other = key.rpartition(".")[2], choice.rpartition(".")[2]
-        initials = "".join(part[:1] for part in other.split("_"))
-        by_word = 0.95 if word == initials else difflib.SequenceMatcher(None, word, other).ratio()
-        whole = difflib.SequenceMatcher(None, key, choice).ratio()
-        return by_word + 0.1 * whole if max(by_word, whole) > 0.6 else 0.0
-
-    best = max(choices, key=likeness, default=None)
-    return best if best is not None and likeness(best) > 0 else None
-
-
 def unknown_key(cls: type, key: str) -> str:
     """The message for a key that no field answers to."""
     choices = list(keys(cls))
     section = key.rpartition(".")[0]
     siblings = [choice for choice in choices if choice.rpartition(".")[0] == section]
-    near = nearest_key(key, siblings) or nearest_key(key, choices)
-    hint = f"; did you mean {near}?" if near else ""
+    form = "; did you mean {}?"
+    hint = did_you_mean(key, siblings, form) or did_you_mean(key, choices, form)
     listed = siblings if section and siblings else sorted({c.split(".")[0] for c in choices})
     return f"there is no setting {key!r}{hint} (there are {', '.join(listed)})"
 
@@ -91,8 +78,7 @@ def checked(kind: Any, value: Any, name: str, *, exact: bool = False) -> Any:
     if origin is Literal:
         if value in parts:
             return value
-        near = nearest_key(str(value), [str(part) for part in parts])
-        hint = f" (did you mean {near}?)" if near else ""
+        hint = did_you_mean(value, [str(part) for part in parts])
         raise ValueError(f"{name} is {value!r}{hint}; expected one of {', '.join(map(str, parts))}")
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, Sequence):

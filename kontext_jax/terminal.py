@@ -1,15 +1,20 @@
 """What the commands of the top level have in common; imports nothing that takes time."""
 
 import argparse
-import contextlib
 import difflib
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import rich.console
 
 SETTING = "--config."  # begins the flags that change a setting of a config file
+BAR_WIDTH = 24  # characters, where the text leaves so many
+DRAW_EVERY_S = 0.1
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,8 +81,7 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments:"):
             flags = [flag for action in self._actions for flag in action.option_strings]
             word = message.split()[2].split("=")[0]
-            if near := difflib.get_close_matches(word, [*flags, *self._prefixes], n=1):
-                message += f" (did you mean {near[0]}?)"
+            message += did_you_mean(word, [*flags, *self._prefixes])
         self.exit(2, f"error: {message}; see --help\n")
 
 
@@ -148,9 +152,7 @@ def find_config(path: str) -> Path:
     choices = sorted(str(p) for p in folder.glob("*.py"))
     if file.name == path:
         choices += sorted(p.stem for p in shipped.glob("*.py"))
-    near = difflib.get_close_matches(path, choices, n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    raise ValueError(f"there is no config file {path}{hint}")
+    raise ValueError(f"there is no config file {path}{did_you_mean(path, choices)}")
 
 
 def load_config(path: str):
@@ -172,10 +174,33 @@ def load_config(path: str):
     return module.get_config()
 
 
-def did_you_mean(word: Any, choices: Sequence[str]) -> str:
-    """ ", did you mean …?" for the nearest of `choices`, or nothing."""
-    near = difflib.get_close_matches(str(word), choices, n=1, cutoff=0.5)
-    return f" (did you mean {near[0]}?)" if near else ""
+def nearest_words(
+    word: Any, choices: Sequence[str], count: int = 1, least: float = 0.6
+) -> list[str]:
+    """Up to `count` of `choices` that `word` most likely means, the likeliest first.
+
+    Compared by spelling, by spelling after the last dot, and by initials ("lr" for learning_rate).
+
+    Args:
+      least: likeness from 0 to 1 below which a choice is left out.
+    """
+    word = str(word)
+    last = word.rpartition(".")[2]
+
+    def likeness(choice: str) -> float:
+        other = choice.rpartition(".")[2]
+        initials = "".join(part[:1] for part in other.split("_"))
+        by_last = 0.95 if last == initials else difflib.SequenceMatcher(None, last, other).ratio()
+        whole = difflib.SequenceMatcher(None, word, choice).ratio()
+        return by_last + 0.1 * whole if max(by_last, whole) >= least else 0.0
+
+    found = sorted(((likeness(choice), choice) for choice in choices), reverse=True)
+    return [choice for score, choice in found[:count] if score]
+
+
+def did_you_mean(word: Any, choices: Sequence[str], form: str = " (did you mean {}?)") -> str:
+    """`form` with the nearest of `choices`; "" where none is near."""
+    return "".join(form.format(near) for near in nearest_words(word, choices))
 
 
 def duration(seconds: float) -> str:
@@ -187,23 +212,6 @@ def duration(seconds: float) -> str:
         if count or (name == "s" and not parts):
             parts.append(f"{count} {name}")
     return " ".join(parts[:2])
-
-
-class StepLine:
-    """A line on a terminal that shows how far a batch is and what a step takes."""
-
-    def __init__(self, stream=sys.stderr):
-        self._stream = stream
-        self._last = time.perf_counter()
-
-    def __call__(self, done: int, num_steps: int) -> None:
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        text = f"  {'━' * (24 * done // num_steps):<24} step {done}/{num_steps}"
-        if done:  # what came before the first step was compiling
-            text += f"  {seconds:.2f} s a step, {(num_steps - done) * seconds:.0f} s left"
-        self._stream.write(f"\r{text:<78}" if done < num_steps else f"\r{'':<78}\r")
-        self._stream.flush()
 
 
 Tell = Callable[[str], None]
@@ -218,59 +226,160 @@ def size_text(count: float) -> str:
     return f"{count:.3g} {unit}" if count < 999.5 else f"{count:,.0f} {unit}"
 
 
-TERMINAL_EVERY_S, LINES_EVERY_S = 0.5, 10.0
+class Progress:
+    """How far some work is: a bar on a terminal, elsewhere a line now and then.
 
-
-@contextlib.contextmanager
-def progress_line(
-    total: int, images_per: float, tell: Tell, *, quiet: bool, verb: str = "encoded"
-) -> Iterator["ProgressLine"]:
-    """A `ProgressLine` of a command: drawn over itself on a terminal, else told now and then."""
-    if quiet or not sys.stdout.isatty():
-        yield ProgressLine(total, images_per, tell, LINES_EVERY_S, verb=verb)
-        return
-
-    def draw(line: str) -> None:
-        print(f"\r{line:<78}", end="", flush=True)
-
-    yield ProgressLine(total, images_per, draw, TERMINAL_EVERY_S, verb=verb)
-    draw("")
-    print("\r", end="")
-
-
-class ProgressLine:
-    """How far the work is: images a second and what is left of the time.
+    The bar stands below whatever else is printed meanwhile, and goes when the work ends.
 
     Args:
-      total: (sample, variant) of this run.
-      images_per: pictures in one of them, on average.
-      show: is given the line.
+      total: what there is to do, in any unit.
+      tell: prints a line where there is no terminal; None prints nothing there.
+      quiet: whether to show nothing at all.
+      stderr: whether the bar stands on standard error, rather than on standard output.
+      console: rich's console for the bar, where the caller prints through one.
+      terminal: whether to draw the bar; None does where the stream is a terminal.
       every_s: seconds between lines.
-      verb: what happened to what is done.
+      keep: whether the bar stays to be seen when the work has ended.
+      done: what was done before.
     """
 
     def __init__(
         self,
-        total: int,
-        images_per: float,
-        show: Tell,
-        every_s: float,
+        total: float,
+        tell: Tell | None = None,
+        *,
+        quiet: bool = False,
+        stderr: bool = False,
+        console: "rich.console.Console | None" = None,
+        terminal: bool | None = None,
+        every_s: float = 10.0,
+        keep: bool = False,
+        done: float = 0,
         clock: Callable[[], float] = time.monotonic,
-        verb: str = "encoded",
     ):
-        self._total, self._images_per, self._show = total, images_per, show
-        self._verb = verb
-        self._every_s, self._clock = every_s, clock
-        self._start = self._last = clock()
+        self.total = total
+        self._tell, self._clock, self._every_s = None if quiet else tell, clock, every_s
+        self._start = self._shown = clock()
+        self._bar = None
+        if terminal is None:
+            stream = sys.stderr if stderr else sys.stdout
+            terminal = console.is_terminal if console is not None else stream.isatty()
+        if terminal and not quiet:
+            self._bar = _Bar(total, done, stderr, console, keep)
+            self._every_s, self._shown = DRAW_EVERY_S, -math.inf
 
-    def __call__(self, done: int) -> None:
+    @property
+    def seconds(self) -> float:
+        """Time since the work began."""
+        return self._clock() - self._start
+
+    def time_left(self, done: float) -> str:
+        """How long the rest takes at the speed so far, such as "1 min 30 s left"."""
+        if not done:
+            return "? left"
+        return f"{duration((self.total - done) * self.seconds / done)} left"
+
+    def update(self, done: float, line: Callable[[], str], *, is_last: bool = False) -> None:
+        """Shows that `done` of the total is done.
+
+        Args:
+          line: gives what to say of it, when it is shown.
+          is_last: whether to show this line, however short ago the last one was.
+        """
+        show = self._tell if self._bar is None else lambda text: self._bar.draw(done, text)
         now = self._clock()
-        if now - self._last < self._every_s:
-            return
-        self._last = now
-        rate = done / (now - self._start)
-        left = duration((self._total - done) / rate) if rate else "?"
-        self._show(
-            f"{self._verb} {done:,} of {self._total:,} · {rate * self._images_per:.3g} images/s · "
-            f"{left} left"
+        if show is not None and (is_last or now - self._shown >= self._every_s):
+            self._shown = now
+            show(line())
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+class _Bar:
+    """A bar and a line of text, drawn by rich."""
+
+    def __init__(self, total, done, stderr, console, keep):
+        import rich.console
+        import rich.progress
+
+        self._console = console or rich.console.Console(stderr=stderr)
+        self._column = rich.progress.BarColumn(BAR_WIDTH)
+        self._display = rich.progress.Progress(
+            self._column,
+            rich.progress.TextColumn("{task.description}", markup=False),
+            console=self._console,
+            transient=not keep,
+            auto_refresh=False,
+            # What is no terminal goes where it always goes.
+            redirect_stdout=sys.stdout.isatty(),
+            redirect_stderr=sys.stderr.isatty(),
         )
+        self._task = self._display.add_task("", total=total, completed=done)
+        self._display.start()
+
+    def draw(self, done: float, text: str) -> None:
+        room = self._console.width - len(text) - 1
+        self._column.bar_width = max(1, min(BAR_WIDTH, room))  # the text is what people read
+        self._display.update(self._task, completed=done, description=text, refresh=True)
+
+    def close(self) -> None:
+        self._display.stop()
+
+
+class StepLine:
+    """Shows on standard error how far the steps of a batch are; called by whoever takes them.
+
+    Args:
+      console: rich's console for the bar, in place of one on standard error.
+    """
+
+    def __init__(
+        self,
+        console: "rich.console.Console | None" = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self._console, self._clock = console, clock
+        self._progress: Progress | None = None
+        self._last = clock()
+
+    def __call__(self, done: int, num_steps: int) -> None:
+        """Shows that `done` of the steps are done; 0 begins a batch, and all of them end it."""
+        now = self._clock()
+        seconds, self._last = now - self._last, now
+        if done == 0 or self._progress is None:
+            self.close()
+            self._progress = Progress(
+                num_steps, stderr=True, console=self._console, terminal=True, clock=self._clock
+            )
+
+        def line() -> str:
+            text = f"step {done}/{num_steps}"
+            if done:  # what came before the first step was compiling
+                text += f"  {seconds:.2f} s a step, {(num_steps - done) * seconds:.0f} s left"
+            return text
+
+        self._progress.update(done, line, is_last=done == num_steps)
+        if done == num_steps:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the bar of a batch that did not come to its end."""
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
+
+    def __enter__(self) -> "StepLine":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()

@@ -33,8 +33,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
     5: ("sampling", "training", "convert_weights"),
     4: ("weights",),
     3: ("models", "objectives", "data"),
-    2: ("ops", "flow", "pictures", "storage", "hlo"),
-    1: ("types", "numerics", "batches", "trees", "terminal", "fields", "runtime"),
+    2: ("fields", "ops", "flow", "pictures", "storage", "hlo"),
+    1: ("types", "numerics", "batches", "trees", "terminal", "runtime"),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 

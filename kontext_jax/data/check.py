@@ -11,7 +11,6 @@ be opened at all.
 import argparse
 import collections
 import dataclasses
-import difflib
 import json
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from kontext_jax.data.config import DataConfig
 from kontext_jax.data.dataset import Dataset, is_bad, open_dataset
 from kontext_jax.data.filters import FilterError
 from kontext_jax.data.sources.folder import FolderSource
+from kontext_jax.terminal import did_you_mean
 
 _TITLE = "target ← references"
 _BAR = 24  # characters of the longest bar
@@ -70,10 +70,8 @@ def parse_arguments(
     args, unknown = parser.parse_known_args(arguments)
     if unknown:
         option = unknown[0].split("=")[0]
-        nearest = difflib.get_close_matches(option, parser._option_string_actions, 1)
-        parser.error(
-            f"unknown option {option}" + (f"; did you mean {nearest[0]}?" if nearest else "")
-        )
+        meant = did_you_mean(option, [*parser._option_string_actions], "; did you mean {}?")
+        parser.error(f"unknown option {option}{meant}")
     return args
 
 

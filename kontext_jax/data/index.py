@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
 
@@ -23,11 +22,11 @@ from kontext_jax.data.sources.examples import BadSample, Example, ImageRef, Sour
 from kontext_jax.pictures.files import decode_picture, picture_size, quiet_pillow
 from kontext_jax.pictures.sizes import Size
 from kontext_jax.runtime.atomic import write_file
+from kontext_jax.terminal import Progress
 
 FILTERED = "filtered: "  # begins the reasons that are no defects
 _VERSION = 2
 _CHUNK = 4096  # samples
-_TELL_EVERY_S = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,23 +128,22 @@ def build_index(
         return _concatenate([chunk(*arguments) for arguments in everything])
 
 
-class _Progress:
-    """Tells now and then how far the index is."""
+class _Progress(Progress):
+    """Tells now and then how many samples were read."""
 
     def __init__(self, total: int, tell: Callable[[str], None]):
-        self._total, self._tell = total, tell
-        self._done, self._start = 0, time.monotonic()
-        self._last = self._start
+        super().__init__(total, tell, terminal=False)
+        self._done = 0
 
     def advance(self) -> None:
         self._done += 1
-        now = time.monotonic()
-        if now - self._last > _TELL_EVERY_S:
-            self._last = now
-            rate = self._done / (now - self._start)
-            self._tell(
-                f"index: {self._done:,} samples read of {self._total:,}, {rate:.0f} a second"
-            )
+        self.update(
+            self._done,
+            lambda: (
+                f"index: {self._done:,} samples read of {self.total:,}, "
+                f"{self._done / self.seconds:.0f} a second"
+            ),
+        )
 
 
 def _scan(

@@ -12,7 +12,6 @@ parameters and the base is frozen.
 """
 
 import dataclasses
-import difflib
 import fnmatch
 from collections.abc import Iterable
 
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kontext_jax.models.parameter_axes import kernel_axes
+from kontext_jax.terminal import nearest_words
 from kontext_jax.trees import flatten, unflatten
 from kontext_jax.types import Params
 
@@ -80,7 +80,7 @@ def targeted_modules(targets: Iterable[str], params: Params) -> list[str]:
         for pattern in TARGETS.get(target, (target,)):
             found = fnmatch.filter(modules, pattern)
             if not found:
-                near = difflib.get_close_matches(target, [*TARGETS, *modules], n=3, cutoff=0.3)
+                near = nearest_words(target, [*TARGETS, *modules], count=3, least=0.3)
                 raise ValueError(
                     f"lora.targets: {pattern!r} matches no linear module; there are "
                     f"{', '.join(TARGETS)} and, for instance, {', '.join(near or modules)}"

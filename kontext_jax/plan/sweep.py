@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import rich.console
-import rich.progress
 
 from kontext_jax.plan.report import GIB, Report, new_table, size_text, time_text
 from kontext_jax.plan.targets import Target
 from kontext_jax.runtime import sharding
 from kontext_jax.runtime.sharding import MeshConfig
+from kontext_jax.terminal import Progress
 from kontext_jax.training.config import TrainConfig
 
 # From the least memory to the most.
@@ -121,16 +121,9 @@ def sweep(
       measure: raises ValueError where a choice makes no program.
     """
     full: dict[tuple[MeshConfig, int], str] = {}
-    with rich.progress.Progress(
-        "{task.description}",
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeElapsedColumn(),
-        console=console,
-    ) as progress:
-        bar = progress.add_task("", total=len(wanted))
-        for choice in wanted:
-            progress.update(bar, description=str(choice))
+    with Progress(len(wanted), console=console) as progress:
+        for i, choice in enumerate(wanted):
+            progress.update(i, lambda i=i, choice=choice: f"{i + 1}/{len(wanted)}  {choice}")
             key = choice.mesh, choice.batch
             if key in full:
                 yield Outcome(choice, reason=f"not tried: {full[key]} keeps less and does not fit")
@@ -143,7 +136,6 @@ def sweep(
                     if not report.fits:
                         full[key] = choice.remat
                     yield Outcome(choice, report, "" if report.fits else _why(report))
-            progress.advance(bar)
 
 
 def _why(report: Report) -> str:

@@ -30,8 +30,14 @@ from kontext_jax.data.encoded import folder as encoded_folder
 from kontext_jax.data.encoded.records import ShardWriter, facts_hash, lock_part
 from kontext_jax.data.filters import FilterError
 from kontext_jax.precompute.encoding import Encoding, Networks, check_room
-from kontext_jax.precompute.jobs import Cutting, bytes_needed, list_jobs, read_stored
-from kontext_jax.terminal import progress_line, size_text
+from kontext_jax.precompute.jobs import (
+    Cutting,
+    ImageProgress,
+    bytes_needed,
+    list_jobs,
+    read_stored,
+)
+from kontext_jax.terminal import size_text
 from kontext_jax.types import DTYPES
 from kontext_jax.weights.bundle import ModelBundle
 from kontext_jax.weights.encoders import encoder_facts
@@ -167,7 +173,8 @@ def encode(args: argparse.Namespace) -> None:
         pictures = sum(len(job.variants) * (1 + len(job.kind.contexts)) for job in jobs)
         crops = sum(max(1, len(job.variants)) for job in jobs)
         start = time.monotonic()
-        with progress_line(crops, pictures / max(1, todo), tell, quiet=args.quiet) as progress:
+        images_per = pictures / max(1, todo)
+        with ImageProgress(crops, images_per, tell=tell, quiet=args.quiet) as progress:
             work.run(jobs, progress)
         seconds = time.monotonic() - start
         num_records = num_done + work.num_written

@@ -15,6 +15,7 @@ from kontext_jax.data.order import sample_places
 from kontext_jax.data.sources.examples import Source
 from kontext_jax.data.transforms import fit_pictures, names_a_side
 from kontext_jax.models.presets import Preset
+from kontext_jax.terminal import Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +149,31 @@ def _check_prompt(dataset: Dataset, number: int, key: str) -> None:
             f"sample {example.id} had another text when it was encoded, now “{example.text[:80]}”: "
             "the data has changed; encode it into another folder"
         )
+
+
+class ImageProgress(Progress):
+    """How many examples are done, images a second and the time left; called with the number done.
+
+    Args:
+      total: number of examples, or of crops of them.
+      images_per: pictures in one of them, on average.
+      verb: what happened to those that are done.
+      options: see `Progress`.
+    """
+
+    def __init__(self, total: int, images_per: float, *, verb: str = "encoded", **options):
+        super().__init__(total, **options)
+        self._images_per, self._verb = images_per, verb
+
+    def __call__(self, done: int) -> None:
+        def line() -> str:
+            rate = done * self._images_per / self.seconds
+            return (
+                f"{self._verb} {done:,} of {self.total:,} · {rate:.3g} images/s · "
+                f"{self.time_left(done)}"
+            )
+
+        self.update(done, line)
 
 
 def bytes_needed(

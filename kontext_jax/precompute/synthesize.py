@@ -30,7 +30,7 @@ from kontext_jax.data.index import hash_id
 from kontext_jax.models.conditioning import ENCODER_KINDS
 from kontext_jax.pictures.latents import PIXELS_PER_TOKEN
 from kontext_jax.precompute.encoding import Networks, check_room
-from kontext_jax.precompute.jobs import read_stored
+from kontext_jax.precompute.jobs import ImageProgress, read_stored
 from kontext_jax.precompute.synthesis import (
     CachedGivens,
     Givens,
@@ -41,7 +41,7 @@ from kontext_jax.precompute.synthesis import (
 )
 from kontext_jax.runtime.placement import parse_mesh, sampling_mesh
 from kontext_jax.sampling.stages import Stages
-from kontext_jax.terminal import progress_line, size_text
+from kontext_jax.terminal import size_text
 from kontext_jax.types import DTYPES
 from kontext_jax.weights.bundle import ModelBundle
 from kontext_jax.weights.encoders import encoder_facts
@@ -173,7 +173,7 @@ def synthesize(args: argparse.Namespace) -> None:
             dtype=np.dtype(DTYPES[facts["dtype"]]),
         )
         start = time.monotonic()
-        with progress_line(len(jobs), 1, tell, quiet=args.quiet, verb="made") as progress:
+        with ImageProgress(len(jobs), 1, verb="made", tell=tell, quiet=args.quiet) as progress:
             work.run(jobs, progress)
         seconds = time.monotonic() - start
         encoded_folder.write_done(out, *share, len(wanted))

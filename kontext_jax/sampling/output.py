@@ -4,6 +4,7 @@ Where files go: `out.png`; with several images `out-seed7.png, out-seed8.png`; f
 `-2, -3, …` to the name.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -85,21 +86,22 @@ def make_pictures(
       progress: show a line of steps on stderr.
     """
     failures = {}
-    for result in pipeline.edit(requests, place=place, on_step=StepLine() if progress else None):
-        index = result.request_index
-        if isinstance(result, Failure):
-            failures[index] = result.error
-            continue
-        request = requests[index].request
-        path = picture_path(bases[index], request, result.image_index, result.turn)
-        if last_turn_only:
-            if result.turn < len(request.then):
+    with StepLine() if progress else contextlib.nullcontext() as on_step:
+        for result in pipeline.edit(requests, place=place, on_step=on_step):
+            index = result.request_index
+            if isinstance(result, Failure):
+                failures[index] = result.error
                 continue
-            path = bases[index]
-        with pipeline.timings.measure("write"):
-            images.write_png(path, result.pixels, result.metadata)
-        height, width = result.pixels.shape[:2]
-        tell(f"wrote {path} ({width}×{height}, seed {request.seed + result.image_index})")
+            request = requests[index].request
+            path = picture_path(bases[index], request, result.image_index, result.turn)
+            if last_turn_only:
+                if result.turn < len(request.then):
+                    continue
+                path = bases[index]
+            with pipeline.timings.measure("write"):
+                images.write_png(path, result.pixels, result.metadata)
+            height, width = result.pixels.shape[:2]
+            tell(f"wrote {path} ({width}×{height}, seed {request.seed + result.image_index})")
     return failures
 
 

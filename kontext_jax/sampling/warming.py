@@ -6,7 +6,6 @@ is compiled, and kept on disk if the pipeline keeps programs; its results are ze
 
 import dataclasses
 import functools
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from kontext_jax.pictures.files import Picture
 from kontext_jax.pictures.sizes import Size, plan_sizes
 from kontext_jax.sampling.pipeline import Failure, Pipeline
 from kontext_jax.sampling.requests import PreparedRequest, SampleRequest, prepare_pictures
+from kontext_jax.terminal import Progress
 
 
 def compile_for(pipeline: Pipeline, prepared: PreparedRequest) -> int:
@@ -89,19 +89,16 @@ def warm(
       progress: show a line of what is under way on stderr.
     """
     start, before, total = time.perf_counter(), _bytes_in(folder), 0
-    for i, prepared in enumerate(requests):
-        name = "{}×{}".format(*prepared.sizes.output)
-        if count := len(prepared.pictures):
-            name += f" from {count} of " + "{}×{}".format(*prepared.sizes.references[0].size)
-        if progress:
-            bar = "━" * (24 * i // len(requests))
-            sys.stderr.write(f"\r  {bar:<24} {i + 1}/{len(requests)}  {name:<40}")
-        began = time.perf_counter()
-        made = compile_for(pipeline, prepared)
-        total += made
-        if progress:
-            sys.stderr.write(f"\r{'':<78}\r")
-        tell(f"{name}: {made} programs, {time.perf_counter() - began:.1f} s")
+    with Progress(len(requests), quiet=not progress, stderr=True) as bar:
+        for i, prepared in enumerate(requests):
+            name = "{}×{}".format(*prepared.sizes.output)
+            if count := len(prepared.pictures):
+                name += f" from {count} of " + "{}×{}".format(*prepared.sizes.references[0].size)
+            bar.update(i, lambda i=i, name=name: f"{i + 1}/{len(requests)}  {name}")
+            began = time.perf_counter()
+            made = compile_for(pipeline, prepared)
+            total += made
+            tell(f"{name}: {made} programs, {time.perf_counter() - began:.1f} s")
     tell(
         f"{total} programs for {len(requests)} sizes in {time.perf_counter() - start:.1f} s; "
         f"{(_bytes_in(folder) - before) / 1e6:.1f} MB more in {folder}"

@@ -9,7 +9,6 @@ import contextlib
 import json
 import math
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ from typing import Any
 from etils import epath
 
 from kontext_jax.runtime.atomic import write_text
+from kontext_jax.terminal import Progress as TerminalProgress
 from kontext_jax.terminal import duration
 
 FILE = "metrics.jsonl"
@@ -227,31 +227,23 @@ class Progress:
         terminal: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._num_steps, self._tell, self._every_s, self._clock = num_steps, tell, every_s, clock
-        self._printed_at = clock()
-        terminal = sys.stdout.isatty() if terminal is None else terminal
-        self._bar = self._task = None
-        if tell is not None and terminal:
-            from rich.progress import BarColumn, Progress, TextColumn
-
-            self._bar = Progress(BarColumn(30), TextColumn("{task.description}"))
-            self._task = self._bar.add_task("", total=num_steps, completed=start_step)
-            self._bar.start()
+        self._num_steps = num_steps
+        self._progress = TerminalProgress(
+            num_steps,
+            tell,
+            quiet=tell is None,
+            terminal=terminal,
+            every_s=every_s,
+            keep=True,
+            done=start_step,
+            clock=clock,
+        )
 
     def update(self, step: int, loss: float | None, figures: Mapping[str, float]) -> None:
         """Says that `step` is finished."""
-        if self._tell is None:
-            return
-        now = self._clock()
-        due = now - self._printed_at >= self._every_s or step == self._num_steps
-        if self._bar is None and not due:
-            return
-        line = self.line(step, loss, figures)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=line)
-        else:
-            self._tell(line)
-            self._printed_at = now
+        self._progress.update(
+            step, lambda: self.line(step, loss, figures), is_last=step == self._num_steps
+        )
 
     def line(self, step: int, loss: float | None, figures: Mapping[str, float]) -> str:
         parts = [f"step {step}/{self._num_steps}"]
@@ -272,5 +264,4 @@ class Progress:
         return " · ".join(parts)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._progress.close()

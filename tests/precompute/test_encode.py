@@ -23,7 +23,8 @@ from kontext_jax.data.loader import make_loader
 from kontext_jax.models.conditioning import encode_batch
 from kontext_jax.precompute import encode, encoding
 from kontext_jax.precompute import jobs as encoding_jobs
-from kontext_jax.terminal import ProgressLine, size_text
+from kontext_jax.precompute.jobs import ImageProgress
+from kontext_jax.terminal import size_text
 from kontext_jax.weights.encoders import encoder_facts
 from kontext_jax.weights.untrained import untrained_bundle
 
@@ -275,7 +276,7 @@ def test_buckets_are_refused(data, capsys):
 
 def test_progress_tells_speed_and_time_left():
     lines, now = [], [0.0]
-    progress = ProgressLine(1000, 2.0, lines.append, 10.0, clock=lambda: now[0])
+    progress = ImageProgress(1000, 2.0, tell=lines.append, terminal=False, clock=lambda: now[0])
     for now[0], done in ((5.0, 50), (10.0, 100), (12.0, 120), (20.0, 400)):
         progress(done)
     assert lines == [

@@ -6,7 +6,6 @@ named; where several would do, that is an error.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import io
 import os
@@ -15,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from etils import epath
+
+from kontext_jax.terminal import did_you_mean
 
 PICTURE_TYPES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm")
 # In order of preference: the lower rows only count where there is none of the upper.
@@ -160,8 +161,7 @@ def find_columns(names: Iterable[str], chosen: ColumnNames, where: str) -> Colum
         *(("context_columns", column) for column in chosen.contexts),
     ):
         if column and column not in names:
-            nearest = difflib.get_close_matches(column, names, 1)
-            meant = f"did you mean {nearest[0]}? " if nearest else ""
+            meant = did_you_mean(column, names, "did you mean {}? ")
             raise ValueError(
                 f"{where} has no column {column} (data.{option}); {meant}it has: {', '.join(names)}"
             )
