@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from kontext_jax.flow.names import Sampler
+from kontext_jax.numerics import EXACT, Numerics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +136,10 @@ class Preset:
     megapixels: float = 1.048576  # area of pictures when a request names no size
     takes_references: bool = True
     non_commercial: bool = False  # published under the FLUX.1 [dev] Non-Commercial License
+
+    def steps(self, numerics: Numerics = EXACT) -> int:
+        """Number of steps of a request that names none."""
+        return self.default_num_steps or numerics.default_num_steps
 
     @property
     def num_velocities(self) -> int:

@@ -20,7 +20,7 @@ from kontext_jax.plan.report import (
     size_text,
     time_text,
 )
-from kontext_jax.runtime.placement import parse_mesh
+from kontext_jax.runtime.placement import mesh_config, parse_mesh
 from kontext_jax.terminal import did_you_mean, load_config
 from kontext_jax.training import config as train_config
 from kontext_jax.training import config_tree
@@ -141,8 +141,11 @@ def plan_sweep(args: argparse.Namespace, settings: list[tuple[str, str]]) -> int
     """The table of many settings; 1 if none fits."""
     output = Output(args)
     config, size, num_references = _training_inputs(args, settings)
+    meshes = [
+        mesh_config(parse_mesh(text, "--meshes", "data=2,fsdp=32", may_fill=True))
+        for text in args.meshes or ()
+    ]
     target = targets.find_target(args.topology)
-    meshes = [sweep.parse_mesh(text) for text in args.meshes or ()]
     remats = args.remats or sweep.DEFAULT_REMATS
     if unknown := [name for name in remats if name not in sweep.REMATS]:
         raise ValueError(

@@ -12,7 +12,7 @@ from kontext_jax.flow.names import Sampler
 from kontext_jax.models.flops import mmdit_flops
 from kontext_jax.models.mmdit import block_form_for
 from kontext_jax.models.presets import PRESETS
-from kontext_jax.numerics import EXACT
+from kontext_jax.numerics import DIFFUSERS, EXACT
 from kontext_jax.pictures import latents
 from kontext_jax.plan.programs import Planned
 from kontext_jax.plan.targets import Target
@@ -49,7 +49,7 @@ class Request:
     preset: str = "kontext-dev"
     size: tuple[int, int] = (1024, 1024)
     num_references: int = 1
-    num_steps: int = 28
+    num_steps: int = DIFFUSERS.default_num_steps
     sampler: Sampler = "euler"
     batch_size: int = 1
     dtype: str = "bfloat16"

@@ -75,25 +75,6 @@ class Outcome:
         return found | ({"report": self.report.to_json(5)} if self.report else {})
 
 
-def parse_mesh(text: str) -> MeshConfig:
-    """ "data=2,fsdp=32" → the mesh with these sizes and 1 elsewhere.
-
-    Raises:
-      ValueError: it is not of that form.
-    """
-    names = [field.name for field in dataclasses.fields(MeshConfig)]
-    sizes = dict.fromkeys(names, 1)
-    for part in text.split(","):
-        name, _, size = part.strip().partition("=")
-        if name not in names or not size.removeprefix("-").isdecimal():
-            raise ValueError(
-                f"--meshes {text}: found {part.strip()!r}; expected sizes such as data=2,fsdp=32, "
-                f"of {', '.join(names)}"
-            )
-        sizes[name] = int(size)
-    return MeshConfig(**sizes)
-
-
 def default_meshes(target: Target) -> list[MeshConfig]:
     """Parameters over 4 devices and more, doubling, up to all of a slice; data for the rest."""
     size, found, fsdp = target.slice_size, [], min(4, target.slice_size)

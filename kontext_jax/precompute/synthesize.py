@@ -28,6 +28,7 @@ from kontext_jax.data.encoded.batches import EncodedCache
 from kontext_jax.data.encoded.records import ShardWriter, facts_hash, lock_part
 from kontext_jax.data.index import hash_id
 from kontext_jax.models.conditioning import ENCODER_KINDS
+from kontext_jax.numerics import DIFFUSERS
 from kontext_jax.pictures.latents import PIXELS_PER_TOKEN
 from kontext_jax.precompute.encoding import Networks, check_room
 from kontext_jax.precompute.jobs import ImageProgress, read_stored
@@ -46,7 +47,7 @@ from kontext_jax.types import DTYPES
 from kontext_jax.weights.bundle import ModelBundle
 from kontext_jax.weights.encoders import encoder_facts
 
-DEFAULT_GUIDANCE, DEFAULT_NUM_STEPS = 2.5, 28
+DEFAULT_GUIDANCE = 2.5
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -131,7 +132,7 @@ def synthesize(args: argparse.Namespace) -> None:
         givens, facts = _open_cache(args.cache, bundle)
     else:
         givens, facts = _open_prompts(args, stages, tell)
-    num_steps = args.steps or bundle.preset.default_num_steps or DEFAULT_NUM_STEPS
+    num_steps = args.steps or bundle.preset.steps(DIFFUSERS)
     recipe = Recipe(args.guidance, num_steps, args.seed)
     facts = facts | {
         "results": {

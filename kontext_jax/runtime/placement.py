@@ -19,35 +19,52 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kontext_jax.runtime import sharding
-from kontext_jax.runtime.sharding import BATCH_AXES, MeshConfig
-
-# Axis of a mesh as a user names it → its field of MeshConfig.
-MESH_NAMES = ("slices", "data", "fsdp", "context", "tensor")
+from kontext_jax.runtime.sharding import AXES, BATCH_AXES, MeshConfig
 
 
-def parse_mesh(text: str) -> dict[str, int]:
+def parse_mesh(
+    text: str,
+    flag: str = "--mesh",
+    examples: str = "tensor=4 or data=2,context=2",
+    *,
+    may_fill: bool = False,
+) -> dict[str, int]:
     """Sizes by axis of "tensor=4" or "data=2,context=2", without axes of size 1.
+
+    Args:
+      flag: name of the flag, for messages, like `examples`.
+      may_fill: whether a size may be −1, for all devices that the other axes leave.
 
     Raises:
       ValueError: it is not of that form, or names no axis of a mesh.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
-        name, _, size = part.strip().partition("=")
-        if name not in MESH_NAMES or name in sizes or not size.isdecimal() or int(size) < 1:
+        name, _, number = part.strip().partition("=")
+        fits = (number.isdecimal() and int(number) >= 1) or (may_fill and number == "-1")
+        if name not in AXES or name in sizes or not fits:
             raise ValueError(
-                f"--mesh {text}: found {part.strip()!r}; expected sizes such as tensor=4 or "
-                f"data=2,context=2, of the axes {', '.join(MESH_NAMES)}"
+                f"{flag} {text}: found {part.strip()!r}; expected sizes such as {examples}, of the "
+                f"axes {', '.join(AXES)}"
             )
-        sizes[name] = int(size)
-    return {name: sizes[name] for name in MESH_NAMES if sizes.get(name, 1) > 1}
+        sizes[name] = int(number)
+    return {name: sizes[name] for name in AXES if sizes.get(name, 1) != 1}
+
+
+def mesh_config(sizes: Mapping[str, int]) -> MeshConfig:
+    """The mesh with these sizes and 1 elsewhere.
+
+    Args:
+      sizes: sizes by axis, see `parse_mesh`.
+    """
+    return MeshConfig(**{"fsdp": 1, **sizes})
 
 
 def sampling_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh | None:
     """A mesh of the first devices, as many as it takes; None if that is one.
 
     Args:
-      sizes: of `parse_mesh`.
+      sizes: sizes by axis, see `parse_mesh`.
 
     Raises:
       ValueError: there are too few devices.
@@ -64,12 +81,12 @@ def sampling_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None
         raise ValueError(f"--mesh {asked} needs {needed} devices, found {found}; {hint}")
     if needed == 1:
         return None
-    return sharding.make_mesh(MeshConfig(**{"fsdp": 1, **sizes}), devices[:needed])
+    return sharding.make_mesh(mesh_config(sizes), devices[:needed])
 
 
 def num_batch_parts(sizes: Mapping[str, int]) -> int:
     """Devices, or groups of them, that make different pictures of a batch."""
-    return math.prod(sizes.get(name, 1) for name in ("slices", "data", "fsdp"))
+    return math.prod(sizes.get(name, 1) for name in BATCH_AXES)
 
 
 def format_mesh(sizes: Mapping[str, int]) -> str:
@@ -92,8 +109,7 @@ class Placement:
         """Sizes of the mesh by axis, in the form of `parse_mesh`."""
         if self.mesh is None:
             return {}
-        by_name = zip(MESH_NAMES, (self.mesh.shape[axis] for axis in sharding.AXES), strict=True)
-        return {name: size for name, size in by_name if size > 1}
+        return {name: size for name, size in self.mesh.shape.items() if size > 1}
 
     def rules(self) -> contextlib.AbstractContextManager:
         """Context in which programs for this mesh are traced."""

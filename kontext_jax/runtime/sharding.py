@@ -1,6 +1,6 @@
 """Meshes, and which axis of every array lies over which axis of the mesh.
 
-    slice    TPU slices, or groups of hosts, joined by a slow network; parameters are copied
+    slices   TPU slices, or groups of hosts, joined by a slow network; parameters are copied
     data     groups of devices that hold all parameters between them; the batch is split
     fsdp     parameters, optimizer and EMA are split, gathered layer by layer; the batch is split
     context  the tokens of each example are split; parameters are copied
@@ -22,14 +22,14 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES = ("slice", "data", "fsdp", "context", "tensor")
-BATCH_AXES = ("slice", "data", "fsdp")
+AXES = ("slices", "data", "fsdp", "context", "tensor")
+BATCH_AXES = ("slices", "data", "fsdp")
 
 # Logical axis → mesh axes it lies over. An axis of a mesh that lacks them is not split.
 MESH_AXES: dict[str, tuple[str, ...]] = {
     # activations
     "batch": BATCH_AXES,
-    "rows": ("slice", "data"),  # of a batch whose other axis is split over fsdp
+    "rows": ("slices", "data"),  # of a batch whose other axis is split over fsdp
     "tokens": ("context",),
     # Between products, whose channels are split: norms, gates and sums are then split as well.
     "stream": ("context", "tensor"),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kontext_jax.sampling.output import Tell, check_outputs, make_pictures, one_line
+from kontext_jax.sampling.output import check_outputs, make_pictures, one_line
 from kontext_jax.sampling.pipeline import (
     Pipeline,
 )
@@ -16,6 +16,7 @@ from kontext_jax.sampling.requests import (
     prepare,
     request_from_dict,
 )
+from kontext_jax.terminal import Tell
 
 
 @dataclasses.dataclass(frozen=True)

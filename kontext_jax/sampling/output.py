@@ -5,7 +5,7 @@ Where files go: `out.png`; with several images `out-seed7.png, out-seed8.png`; f
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -18,9 +18,7 @@ from kontext_jax.sampling.pipeline import (
     Place,
 )
 from kontext_jax.sampling.requests import PreparedRequest, SampleRequest, find_image
-from kontext_jax.terminal import StepLine
-
-Tell = Callable[[str], None]
+from kontext_jax.terminal import StepLine, Tell
 
 
 def free_output(folder: Path) -> Path:

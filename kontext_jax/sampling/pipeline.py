@@ -11,7 +11,7 @@ before as its reference, without passing through pixels.
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ from kontext_jax.sampling.denoising import Denoising
 from kontext_jax.sampling.requests import PreparedRequest, request_to_dict
 from kontext_jax.sampling.stages import OnStep, Stages
 from kontext_jax.sampling.tiling import Tiling
+from kontext_jax.terminal import Tell
 from kontext_jax.types import Float, UInt8
 from kontext_jax.weights.bundle import ModelBundle
 
@@ -108,7 +109,7 @@ class Pipeline:
         mesh: Mesh | None = None,
         programs_dir: str | os.PathLike | None = None,
         keep_text_encoders: bool = True,
-        tell: Callable[[str], None] = lambda line: None,
+        tell: Tell = lambda line: None,
         executables: Executables | None = None,
         compile_only: bool = False,
     ):

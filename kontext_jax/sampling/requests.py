@@ -165,7 +165,7 @@ def complete(request: SampleRequest, preset: Preset) -> SampleRequest:
     if timesteps is not None:
         num_steps = len(timesteps)
     elif num_steps is None:
-        num_steps = preset.default_num_steps or numerics.default_num_steps
+        num_steps = preset.steps(numerics)
     if timesteps is None:
         timesteps = preset.timesteps_of(num_steps)
     scale, negative_prompt = _complete_cfg(request, preset)

@@ -30,6 +30,7 @@ from kontext_jax.sampling.denoising import Denoising, denoise_arrays
 from kontext_jax.sampling.networks import LoadedNetworks, Networks, NetworkShapes
 from kontext_jax.sampling.programs import StagePrograms
 from kontext_jax.sampling.tiling import Tiling, tile_side
+from kontext_jax.terminal import Tell
 from kontext_jax.types import DTYPES, Array, Float, UInt8
 from kontext_jax.weights.bundle import ModelBundle
 
@@ -78,7 +79,7 @@ class Stages:
         tiling: Tiling = "auto",
         mesh: Mesh | None = None,
         programs_dir: str | os.PathLike | None = None,
-        tell: Callable[[str], None] = lambda line: None,
+        tell: Tell = lambda line: None,
         executables: Executables | None = None,
         compile_only: bool = False,
     ):
@@ -271,7 +272,7 @@ def blank_ids(preset: Preset) -> TextIds:
 
 
 def _make_executables(
-    timings: Timings, programs_dir: str | os.PathLike | None, tell: Callable[[str], None]
+    timings: Timings, programs_dir: str | os.PathLike | None, tell: Tell
 ) -> Executables:
     """Programs of sampling on the default device's platform."""
     files = None

@@ -7,7 +7,7 @@ is compiled, and kept on disk if the pipeline keeps programs; its results are ze
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from kontext_jax.pictures.files import Picture
 from kontext_jax.pictures.sizes import Size, plan_sizes
 from kontext_jax.sampling.pipeline import Failure, Pipeline
 from kontext_jax.sampling.requests import PreparedRequest, SampleRequest, prepare_pictures
-from kontext_jax.terminal import Progress
+from kontext_jax.terminal import Progress, Tell
 
 
 def compile_for(pipeline: Pipeline, prepared: PreparedRequest) -> int:
@@ -78,7 +78,7 @@ def warm(
     requests: Sequence[PreparedRequest],
     folder: Path,
     *,
-    tell: Callable[[str], None],
+    tell: Tell,
     progress: bool = False,
 ) -> None:
     """Compiles for each request in turn, and says what was made, for how long, and how large it is.

@@ -28,7 +28,7 @@ MESHES = (
     {"fsdp": 8, "tensor": 8},
     {"data": 2, "context": 2, "tensor": 4},
     {"fsdp": 7},
-    {"slice": 2, "fsdp": 3, "tensor": 3},
+    {"slices": 2, "fsdp": 3, "tensor": 3},
 )
 
 

@@ -14,6 +14,7 @@ from tpu_program import TPU
 from kontext_jax.plan import __main__ as plan
 from kontext_jax.plan import chart, commands, measure, programs, report, sampling, sweep, targets
 from kontext_jax.runtime.chips import CHIPS
+from kontext_jax.runtime.placement import mesh_config
 from kontext_jax.runtime.programs import Program
 from kontext_jax.runtime.sharding import MeshConfig
 from kontext_jax.terminal import load_config
@@ -37,6 +38,10 @@ GIB = 2**30
         (["--topology", "h100x12", "--sample", "--size", "100x100"], "not a multiple of 16"),
         (["--topology", "v5p", "--sample", "tinny"], "did you mean tiny?"),
         (["--topology", "v5p", "--sample", "--mesh", "tensr=2"], "expected sizes such as tensor=4"),
+        (
+            ["--topology", "h100", "--config", "configs/tiny.py", "--sweep", "--meshes", "data:2"],
+            "--meshes data:2: found 'data:2'; expected sizes such as data=2,fsdp=32, of the axes",
+        ),
         (["--topology", "v5p", "--sample", "--steps", "0"], "--steps is 0; expected at least 1"),
     ],
 )
@@ -227,12 +232,11 @@ def test_a_sweep_prunes_what_cannot_fit_and_ranks_the_rest():
 
 def test_a_choice_sets_the_batch_of_all_chips():
     config = train_config.parse(load_config("configs/kontext_joint.py"))
-    choice = sweep.Choice(sweep.parse_mesh("data=2,fsdp=16,tensor=2"), 2, "full")
+    mesh = mesh_config({"data": 2, "fsdp": 16, "tensor": 2})
+    choice = sweep.Choice(mesh, 2, "full")
     changed = choice.apply(config, 64)
     assert changed.batch_size == 2 * 32 * config.accumulate_steps
     assert changed.remat == "full"
-    with pytest.raises(ValueError, match="expected sizes such as data=2,fsdp=32"):
-        sweep.parse_mesh("data:2")
 
 
 def test_charts_show_their_figures():

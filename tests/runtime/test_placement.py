@@ -62,7 +62,7 @@ def test_without_a_mesh_nothing_is_placed():
 def test_a_mesh_places_weights_batches_and_results():
     placement = Placement(sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
     assert placement.sizes == {} and placement.num_batch_parts == 1
-    assert placement.split(1).spec == PartitionSpec(None, ("slice", "data", "fsdp"))
+    assert placement.split(1).spec == PartitionSpec(None, ("slices", "data", "fsdp"))
     assert placement.split(None).spec == PartitionSpec()
     placed = placement.place({"x": np.ones((2, 3)), "pe": np.ones((2, 4, 5))})
     assert placed["pe"].sharding.spec == PartitionSpec()

@@ -75,9 +75,9 @@ def test_a_batch_is_split_over_all_axes_but_context_and_tensor():
         x0=shape(16, 4, 8), ctx=None, txt=shape(16, 3, 8), vec=shape(16, 8),
         null_txt=shape(3, 8), null_vec=shape(8), pe=shape(2, 7, 4),
     )  # fmt: skip
-    mesh = abstract_mesh(slice=2, data=2, fsdp=2, context=2, tensor=2)
+    mesh = abstract_mesh(slices=2, data=2, fsdp=2, context=2, tensor=2)
     places = sharding.batch_shardings(mesh, batch)
-    split = PartitionSpec(("slice", "data", "fsdp"))
+    split = PartitionSpec(("slices", "data", "fsdp"))
     assert {p.spec for p in (places.x0, places.txt, places.vec)} == {split}
     assert {p.spec for p in (places.null_txt, places.null_vec, places.pe)} == {PartitionSpec()}
     with pytest.raises(

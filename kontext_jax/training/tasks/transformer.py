@@ -10,6 +10,7 @@ from kontext_jax.batches import EncodedBatch, TokenBatch
 from kontext_jax.models.conditioning import ENCODER_KINDS, tokens_of
 from kontext_jax.models.mmdit import MMDiT
 from kontext_jax.models.presets import PRESETS, Preset
+from kontext_jax.numerics import DIFFUSERS
 from kontext_jax.objectives.base import Objective, num_samples
 from kontext_jax.objectives.state import TrainState
 from kontext_jax.ops.attention import Backend, backend_for
@@ -115,7 +116,7 @@ def transformer_task(
         if config.eval.sample_every_steps:
             samples = Samples(
                 student.velocity_fn,
-                config.eval.sample_num_steps or network.preset.default_num_steps or 28,
+                config.eval.sample_num_steps or network.preset.steps(DIFFUSERS),
                 config.eval.sample_guidance,
                 config.seed,
             )
