@@ -24,6 +24,7 @@ from rich.progress import track
 
 # Before anything that imports JAX: it keeps JAX on the CPU.
 import kontext_jax.plan  # noqa: F401
+from kontext_jax import charts
 from kontext_jax.plan import chart, measure, programs, sampling
 from kontext_jax.plan.commands import measure_sampling, measure_training
 from kontext_jax.plan.report import GIB, Report
@@ -161,7 +162,7 @@ def main() -> int:
         )
         common.write(report, args.json)
     if args.plot and series:
-        draw(series).save(args.plot, optimize=True)
+        charts.save(draw(series), args.plot)
     return 0
 
 

@@ -34,7 +34,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     4: ("weights",),
     3: ("models", "objectives", "data"),
     2: ("fields", "ops", "flow", "pictures", "storage", "hlo"),
-    1: ("types", "numerics", "batches", "trees", "terminal", "runtime"),
+    1: ("types", "numerics", "batches", "trees", "terminal", "charts", "runtime"),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import rich.console
 
+from kontext_jax import charts
 from kontext_jax.data.buckets import bucket_sizes
 from kontext_jax.models.presets import PRESETS
 from kontext_jax.plan import chart, measure, programs, sampling, sweep, targets
@@ -31,10 +32,16 @@ NOT_PARAMETERS = 0.01  # share of the traffic below which a kind of collective i
 
 
 class Output:
-    """Where the tables, the JSON and the pictures go."""
+    """Where the tables, the JSON and the pictures go.
+
+    Raises:
+      ValueError: a picture is asked for, and matplotlib is not installed.
+    """
 
     def __init__(self, args: argparse.Namespace):
         self._json, self._plot = args.json, args.plot
+        if self._plot:
+            charts.check_installed()
         width = None if sys.stdout.isatty() else 120
         self.console = rich.console.Console(stderr=args.json == "-", width=width)
         self.errors = rich.console.Console(stderr=True)
@@ -56,9 +63,8 @@ class Output:
                 for name, report in drawn.items()
             ]
             first = next(iter(drawn.values()))
-            chart.bars(f"time on {first.target.name}, estimated by its compiler", rows).save(
-                self._plot
-            )
+            title = f"time on {first.target.name}, estimated by its compiler"
+            charts.save(chart.bars(title, rows), self._plot)
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 from tpu_program import TPU
 
+from kontext_jax import charts
 from kontext_jax.plan import __main__ as plan
 from kontext_jax.plan import chart, commands, measure, programs, report, sampling, sweep, targets
 from kontext_jax.runtime.chips import CHIPS
@@ -240,12 +241,22 @@ def test_a_choice_sets_the_batch_of_all_chips():
 
 
 def test_charts_show_their_figures():
-    image = chart.bars("a title", [chart.Bar("one", {"matmul": 2.0, "attention": 1.0}, "3 ms")])
-    pixels = np.asarray(image).reshape(-1, 3)
-    widths = [(pixels == chart.COLOURS[name]).all(1).sum() for name in ("matmul", "attention")]
+    pytest.importorskip("matplotlib")
+    bar = chart.Bar("one", {"matmul": 2.0, "attention": 1.0}, "3 ms")
+    pixels = charts.to_pixels(chart.bars("a title", [bar])).reshape(-1, 3)
+    colours = [bytes.fromhex(chart.COLOURS[name][1:]) for name in ("matmul", "attention")]
+    widths = [(pixels == np.frombuffer(colour, np.uint8)).all(1).sum() for colour in colours]
     assert 1.7 < widths[0] / widths[1] < 2.1  # legend boxes included
     panel = chart.Panel("time", ("1", "2"), {"step": (1.0, 2.0), "limit": (0.5, 0.7)})
-    assert np.asarray(chart.curves("growth", [panel, panel])).std() > 0
+    assert charts.to_pixels(chart.curves("growth", [panel, panel])).std() > 0
+
+
+def test_a_chart_without_matplotlib_names_the_extra_before_anything_is_compiled(
+    monkeypatch, capsys
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert plan.main(["--topology", "v5p", "--sample", "tiny", "--plot", "a.png"]) == 2
+    assert "charts need matplotlib: pip install 'kontext-jax[plot]'" in capsys.readouterr().err
 
 
 @pytest.mark.slow
