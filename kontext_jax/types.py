@@ -21,13 +21,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from beartype import beartype
-from jaxtyping import Array, Bool, Float, Int, UInt8, jaxtyped
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8, jaxtyped
 
 Params = dict[str, Any]
 """A plain nested dict of arrays; the leaves of what Flax calls the "params" collection."""
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 """Dtypes in which networks compute, by the names that settings and flags have for them."""
+
+RandomKey = Key[Array, ""]
+"""One of JAX's typed keys, `jax.random.key(seed)`."""
 
 Tokens = Float[Array, "B L C"]
 Latents = Float[Array, "B latent_height latent_width Z"]
@@ -55,8 +58,10 @@ __all__ = [
     "Float",
     "Image",
     "Int",
+    "Key",
     "Latents",
     "Params",
+    "RandomKey",
     "Tokens",
     "UInt8",
     "VelocityFn",

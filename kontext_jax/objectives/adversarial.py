@@ -24,7 +24,7 @@ import optax
 
 from kontext_jax.objectives.base import Metrics, advance, mean_gradient, num_updates
 from kontext_jax.objectives.state import TrainState, make_train_state
-from kontext_jax.types import Params
+from kontext_jax.types import Array, Float, Image, Params, RandomKey
 
 AdversarialLoss = Literal["hinge", "non_saturating"]
 WEIGHT_EPSILON, MAX_WEIGHT = 1e-4, 1e4
@@ -63,12 +63,14 @@ class Networks(NamedTuple):
     discriminator: Params
 
 
-def generator_loss(logits: jax.Array, kind: AdversarialLoss) -> jax.Array:
+def generator_loss(logits: Float[Array, "..."], kind: AdversarialLoss) -> Float[Array, ""]:
     """g: low where the discriminator takes reconstructions for real."""
     return -jnp.mean(logits) if kind == "hinge" else jnp.mean(jax.nn.softplus(-logits))
 
 
-def discriminator_loss(real: jax.Array, fake: jax.Array, kind: AdversarialLoss) -> jax.Array:
+def discriminator_loss(
+    real: Float[Array, "..."], fake: Float[Array, "..."], kind: AdversarialLoss
+) -> Float[Array, ""]:
     """L_D from the logits of pictures and of reconstructions."""
     penalty = (lambda x: jax.nn.relu(1 + x)) if kind == "hinge" else jax.nn.softplus
     return 0.5 * (jnp.mean(penalty(-real)) + jnp.mean(penalty(fake)))
@@ -77,10 +79,10 @@ def discriminator_loss(real: jax.Array, fake: jax.Array, kind: AdversarialLoss) 
 def adaptive_weight(
     output: Callable[[Params, jax.Array], jax.Array],
     last: Params,
-    features: jax.Array,
-    d_nll: jax.Array,
-    d_g: jax.Array,
-) -> jax.Array:
+    features: Float[Array, "B h w channels"],
+    d_nll: Image,
+    d_g: Image,
+) -> Float[Array, ""]:
     """clip(‖∂nll/∂W‖ / (‖∂g/∂W‖ + 1e-4), 0, 1e4) of gradients by x̂."""
 
     def image_of(kernel):
@@ -97,14 +99,14 @@ def adversarial_terms(
     adversary: Adversary,
     kind: AdversarialLoss,
     params: Params,
-    image: jax.Array,
-    decoded: jax.Array,
+    image: Image,
+    decoded: Image,
     weigh: Callable[[jax.Array], jax.Array],
-) -> tuple[jax.Array, Params, Metrics]:
+) -> tuple[Image, Params, Metrics]:
     """What the discriminator adds: d·∂g/∂x̂, the gradient of L_D by its own parameters, metrics.
 
     Args:
-      params: of the discriminator.
+      params: the discriminator's parameters.
       weigh: ∂g/∂x̂ → d.
     """
     fake, pull_fake = jax.vjp(adversary.logits, params, decoded)
@@ -130,12 +132,12 @@ def make_adversarial_gradient(
     weight: float,
     reconstruct: Callable[[Any, Any, jax.Array, jax.Array], Reconstruction],
 ):
-    """The gradients of both networks, as `objectives.base.GradientFn` over `Networks`.
+    """The gradients of both networks: an `objectives.base.GradientFn` over `Networks`.
 
     Its `frozen` is (whether the discriminator has started, what `reconstruct` needs).
 
     Args:
-      weight: of g, beside its adaptive factor.
+      weight: constant factor of g, beside its adaptive one.
       reconstruct: (frozen, batch, step_key, sample_index) → how the batch goes through.
     """
 
@@ -177,7 +179,7 @@ def make_adversarial_step(
     accumulate_steps: int = 1,
     learning_rate: Callable[[jax.Array], jax.Array] | None = None,
 ):
-    """As `make_gradient_step`, for two networks; the discriminator's state is `state.extra`.
+    """`make_gradient_step` for two networks; the discriminator's state is `state.extra`.
 
     Its steps are counted from `start_step` on, which schedules of its rate follow. A loss or
     gradient that is not finite, of either network, leaves both as they are.
@@ -221,6 +223,6 @@ def make_adversarial_step(
     return step
 
 
-def start_adversary(adversary: Adversary, key: jax.Array) -> TrainState:
+def start_adversary(adversary: Adversary, key: RandomKey) -> TrainState:
     """The discriminator's state before its first step."""
     return make_train_state(adversary.init(key), adversary.optimizer, with_ema=False)

@@ -39,7 +39,7 @@ from kontext_jax.objectives.base import (
     sample_keys,
 )
 from kontext_jax.objectives.state import TrainState, make_train_state
-from kontext_jax.types import Params
+from kontext_jax.types import Array, Float, Image, Latents, Params, RandomKey
 
 
 class Coder(NamedTuple):
@@ -76,14 +76,15 @@ class AutoencoderConfig:
 
     Attributes:
       z_channels: channels of the latents, which set their rate; 0: as many as the preset's.
-      l1_weight: of absolute errors.
-      mse_weight: of squared errors.
-      kl_weight: of the divergence from the standard Gaussian. It keeps latents from growing, and
-        trades sharpness for latents that bear some noise.
-      perceptual_weight: of LPIPS, which counts for every value of the picture; 0: none.
-      perceptual_net: whose features; "alexnet" costs a twentieth of "vgg16", and leaves the latter
-        to measure by. Fetched by `python -m kontext_jax.evaluation.fetch_perceptual`.
-      adversarial_weight: of the discriminator's term, beside its adaptive factor; 0: none.
+      l1_weight: factor of absolute errors.
+      mse_weight: factor of squared errors.
+      kl_weight: factor of the divergence from the standard Gaussian. It keeps latents from growing,
+        and trades sharpness for latents that bear some noise.
+      perceptual_weight: factor of LPIPS, counted for every value of the picture; 0: no such term.
+      perceptual_net: network of LPIPS. "alexnet" costs a twentieth of "vgg16", and leaves the
+        latter to measure by. Fetched by `python -m kontext_jax.evaluation.fetch_perceptual`.
+      adversarial_weight: constant factor of the discriminator's term, beside its adaptive one; 0:
+        no discriminator.
       adversarial_start_step: steps of this run before the discriminator begins to learn and to
         count. (Where both networks' updates are counted, as in some versions of latent diffusion,
         these are twice as many.)
@@ -119,13 +120,15 @@ class AutoencoderConfig:
         check_acting(self, "autoencoder")
 
 
-def gaussian_kl(mean: jax.Array, logvar: jax.Array) -> jax.Array:
+def gaussian_kl(
+    mean: Float[Array, "B *rest"], logvar: Float[Array, "B *rest"]
+) -> Float[Array, " B"]:
     """Divergence of N(mean, e^logvar) from N(0, I), summed over all axes but the first: [B]."""
     terms = jnp.square(mean) + jnp.exp(logvar) - 1 - logvar
     return 0.5 * jnp.sum(terms, axis=range(1, terms.ndim))
 
 
-def latent_metrics(mean: jax.Array) -> Metrics:
+def latent_metrics(mean: Latents) -> Metrics:
     """Moments of the posteriors' means [B, h, w, Z] by picture, [B] each.
 
     A Gaussian's kurtosis is 3; latents far above it have rare large values.
@@ -145,9 +148,9 @@ def latent_metrics(mean: jax.Array) -> Metrics:
 def code(
     coder: Coder,
     params: Params,
-    image: jax.Array,
+    image: Image,
     noise: Callable[[tuple[int, ...]], jax.Array] | None,
-) -> tuple[jax.Array, jax.Array, jax.Array, Metrics]:
+) -> tuple[Image, Float[Array, " B"], Float[Array, "B height width channels"], Metrics]:
     """Pictures through the autoencoder: (x̂, KL [B], features, metrics [B] each), float32.
 
     Args:
@@ -167,8 +170,11 @@ def code(
 
 
 def reconstruction_loss(
-    config: AutoencoderConfig, image: jax.Array, decoded: jax.Array, perceptual: Perceptual | None
-) -> tuple[jax.Array, Metrics]:
+    config: AutoencoderConfig,
+    image: Image,
+    decoded: Image,
+    perceptual: Callable[[jax.Array, jax.Array], jax.Array] | None,
+) -> tuple[Float[Array, " B"], Metrics]:
     """The nll of each picture [B], and metrics [B] each.
 
     Args:
@@ -215,7 +221,7 @@ def make_autoencoder(
       init_params: key → fresh float32 parameters of encoder and decoder.
       perceptual: what config.perceptual_weight weighs.
       adversary: what config.adversarial_weight weighs.
-      ema_decay: see `make_gradient_step`, as for the rest.
+      ema_decay: see `make_gradient_step`, like the rest.
 
     Raises:
       ValueError: a weight without its network, or the reverse.
@@ -293,7 +299,7 @@ def start_autoencoder(
     params: Params,
     optimizer: optax.GradientTransformation,
     adversary: Adversary | None,
-    key: jax.Array,
+    key: RandomKey,
     *,
     with_ema: bool,
 ) -> TrainState:

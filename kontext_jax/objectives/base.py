@@ -23,7 +23,7 @@ import optax
 from jax import lax
 
 from kontext_jax.objectives.state import TrainState
-from kontext_jax.types import Params
+from kontext_jax.types import Array, Bool, Float, Int, Key, Params, RandomKey
 
 Metrics = dict[str, jax.Array]
 
@@ -50,8 +50,6 @@ class Objective(NamedTuple):
     # (state, frozen, batch, key of the run) → (state, metrics); pure, to be jitted donating state
     evaluate: Callable[[Params, Any, Any, jax.Array], Metrics]  # (params, frozen, batch, key)
 
-    # rows and columns of the target's tokens; None: they are no picture
-
 
 def num_samples(batch: Any) -> int:
     """Samples of a batch: the length of the first axis that its fields share.
@@ -72,7 +70,7 @@ def _is_shared(batch: Any, path: tuple) -> bool:
     return getattr(path[0], "name", None) in getattr(batch, "SHARED", ()) if path else False
 
 
-def micro_batch(batch: Any, index: jax.Array | int, count: int) -> Any:
+def micro_batch(batch: Any, index: Int[Array, ""] | int, count: int) -> Any:
     """The samples index, index + count, index + 2·count, … of a batch.
 
     Strided, so that each device, holding a run of neighbouring samples, has its share of every
@@ -88,13 +86,13 @@ def micro_batch(batch: Any, index: jax.Array | int, count: int) -> Any:
     return jax.tree_util.tree_map_with_path(take, batch)
 
 
-def use_key(key: jax.Array, use: str) -> jax.Array:
+def use_key(key: RandomKey, use: str) -> RandomKey:
     """The key of one use of randomness; another use, added or removed, does not change it."""
     return jax.random.fold_in(key, np.uint32(zlib.crc32(use.encode())))
 
 
-def sample_keys(key: jax.Array, use: str, sample_index: jax.Array) -> jax.Array:
-    """One key per sample for one use: [b]."""
+def sample_keys(key: RandomKey, use: str, sample_index: Int[Array, " B"]) -> Key[Array, " B"]:
+    """One key per sample for one use."""
     return jax.vmap(jax.random.fold_in, (None, 0))(use_key(key, use), sample_index)
 
 
@@ -116,7 +114,7 @@ def make_gradient_step(
 
     Args:
       optimizer: clips, if anything does.
-      ema_decay: of the parameters' average, approached as this module's head says; 0: no average.
+      ema_decay: decay of the parameters' average, see this module's head; 0: no average.
       accumulate_steps: micro-batches of a batch, one after the other. Each must divide among the
         devices.
       learning_rate: updates made so far → rate, for the log alone.
@@ -151,8 +149,8 @@ def check_step_options(ema_decay: float, accumulate_steps: int) -> None:
         raise ValueError(f"accumulate_steps is {accumulate_steps}; it must be at least 1")
 
 
-def num_updates(state: TrainState) -> jax.Array:
-    """How often the parameters were changed, float32 []."""
+def num_updates(state: TrainState) -> Float[Array, ""]:
+    """How often the parameters were changed, float32."""
     return (state.step - state.skipped).astype(jnp.float32)
 
 
@@ -161,9 +159,9 @@ def mean_gradient(
     params: Any,
     frozen: Any,
     batch: Any,
-    step_key: jax.Array,
+    step_key: RandomKey,
     accumulate_steps: int = 1,
-) -> tuple[jax.Array, Metrics, Any]:
+) -> tuple[Float[Array, ""], Metrics, Any]:
     """Loss, metrics and gradient of a batch, one micro-batch after the other.
 
     Raises:
@@ -195,12 +193,12 @@ def mean_gradient(
 def advance(
     state: TrainState,
     grads: Any,
-    is_finite: jax.Array,
+    is_finite: Bool[Array, ""],
     optimizer: optax.GradientTransformation,
     *,
     ema_decay: float = 0.0,
 ) -> tuple[TrainState, Metrics]:
-    """The state after one update, or where not `is_finite` the same counted as skipped; and norms.
+    """The state after one update, and norms; a state not `is_finite` only counts as skipped.
 
     Raises:
       ValueError: if the state's average does not fit ema_decay.

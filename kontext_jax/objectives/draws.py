@@ -1,6 +1,7 @@
 """The times and the noise that objectives draw, and their losses by time."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, get_args
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from kontext_jax.fields import check_acting, option
 from kontext_jax.flow import path as flow
 from kontext_jax.objectives.base import Metrics, sample_keys, use_key
+from kontext_jax.types import Array, Bool, Float, Int, RandomKey
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +20,7 @@ class TimesConfig:
     Attributes:
       timestep_distribution: "logit_normal" (the paper's), "uniform" or SD3's "mode"; each is
         shifted by e^mu.
-      timestep_mode: where mu comes from: "flux_linear" (the line of sampling, by target tokens),
+      timestep_mode: rule for mu: "flux_linear" (the line of sampling, by target tokens),
         "sqrt_ratio" (SD3's law) or "const".
       timestep_mu: mu of "const".
       timestep_base_tokens: target tokens at which "sqrt_ratio" does not shift.
@@ -74,14 +76,14 @@ class TimesConfig:
             raise ValueError(f"{self.SECTION}.{field} is {low_high}; give (low, high), low < high")
 
     def draw_times(
-        self, key: jax.Array, sample_index: jax.Array, num_image_tokens: int
-    ) -> jax.Array:
-        """One time per sample, float32 [b].
+        self, key: RandomKey, sample_index: Int[Array, " B"], num_image_tokens: int
+    ) -> Float[Array, " B"]:
+        """One time per sample, float32.
 
         Args:
-          key: of the step.
-          sample_index: [b], places in the global batch.
-          num_image_tokens: of the target.
+          key: key of the step.
+          sample_index: places in the global batch.
+          num_image_tokens: tokens of the target.
         """
         mu = flow.training_mu(
             self.timestep_mode,
@@ -103,26 +105,34 @@ class TimesConfig:
 
 
 def draw_noise(
-    key: jax.Array, sample_index: jax.Array, shape: tuple[int, ...], use: str = "noise"
-) -> jax.Array:
-    """Standard normal noise of each sample: float32 [b, *shape]."""
+    key: RandomKey, sample_index: Int[Array, " B"], shape: tuple[int, ...], use: str = "noise"
+) -> Float[Array, "B *shape"]:
+    """Standard normal noise of each sample, float32."""
     keys = sample_keys(key, use, sample_index)
     return jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
 
 
-def draw_even(key: jax.Array, use: str, sample_index: jax.Array, low=0.0, high=1.0) -> jax.Array:
-    """One even draw for each sample: float32 [b]."""
+def draw_even(
+    key: RandomKey,
+    use: str,
+    sample_index: Int[Array, " B"],
+    low: float | Float[Array, ""] = 0.0,
+    high: float | Float[Array, ""] = 1.0,
+) -> Float[Array, " B"]:
+    """One draw for each sample, even between low and high, float32."""
     keys = sample_keys(key, use, sample_index)
     return jax.vmap(lambda k: jax.random.uniform(k, (), jnp.float32, low, high))(keys)
 
 
-def even_times(key: jax.Array, num_samples: int, bins: int) -> jax.Array:
-    """Times for evaluation [num_samples]: the middles of equal parts in turn, the first by key."""
+def even_times(key: RandomKey, num_samples: int, bins: int) -> Float[Array, " num_samples"]:
+    """Times for evaluation: the middles of equal parts in turn, the first by key."""
     first = jax.random.randint(use_key(key, "t"), (), 0, bins)
     return ((jnp.arange(num_samples) + first) % bins + 0.5) / bins
 
 
-def mean_of(name: str, values: jax.Array, where: jax.Array | bool = True) -> Metrics:
+def mean_of(
+    name: str, values: Float[Array, "..."], where: Bool[Array, "..."] | bool = True
+) -> Metrics:
     """A pair of metrics: the mean of `values` where `where`, which is as large or repeats."""
     counted = jnp.broadcast_to(where, values.shape)
     return {
@@ -131,8 +141,10 @@ def mean_of(name: str, values: jax.Array, where: jax.Array | bool = True) -> Met
     }
 
 
-def means_by_time(t: jax.Array, values: dict[str, jax.Array], bins: int) -> Metrics:
-    """Pairs of metrics: each value [b] over the samples whose t lies in each part of [0, 1]."""
+def means_by_time(
+    t: Float[Array, " B"], values: Mapping[str, Float[Array, " B"]], bins: int
+) -> Metrics:
+    """Pairs of metrics: each value over the samples whose t lies in each part of [0, 1]."""
     index = jnp.clip((t * bins).astype(jnp.int32), 0, bins - 1)
     is_in_bin = jax.nn.one_hot(index, bins)  # [b, bins]
     counts = jnp.sum(is_in_bin, axis=0)

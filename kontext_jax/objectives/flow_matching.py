@@ -21,7 +21,7 @@ from kontext_jax.flow import path as flow
 from kontext_jax.objectives.base import Objective, make_gradient_step, num_samples, sample_keys
 from kontext_jax.objectives.draws import TimesConfig, draw_noise, even_times, means_by_time
 from kontext_jax.objectives.state import make_train_state
-from kontext_jax.types import Params
+from kontext_jax.types import Array, Float, Params, Tokens
 
 Guidance = Literal["auto", "fixed", "range", "none"]
 
@@ -38,14 +38,14 @@ class FlowMatchingConfig(TimesConfig):
     """Which times, texts and guidance a network is trained at.
 
     Attributes, beside those of `TimesConfig`:
-      loss_weighting: "none", since the density of t weights already; "sigma_sqrt" and "cosmap" are
-        those of diffusers' trainers.
+      loss_weighting: factor of the loss by time: "none", since the density of t weights already, or
+        "sigma_sqrt" and "cosmap" of diffusers' trainers.
       text_dropout: probability that a sample's text is replaced by the empty prompt's features.
-      guidance: what a guidance-distilled network is told. "fixed": `guidance_value`. "range": drawn
-        evenly from `guidance_range`. "none": the network has no such input. "auto": "fixed" where
-        the network has the input, else "none".
-      guidance_value: 1.0 by default, since the velocity that is learnt is the unguided one: another
-        value would teach the network that it means no guidance.
+      guidance: guidance input of a guidance-distilled network. "fixed": `guidance_value`. "range":
+        drawn evenly from `guidance_range`. "none": the network has no such input. "auto": "fixed"
+        where the network has the input, else "none".
+      guidance_value: guidance input of "fixed". 1.0 by default, since the learnt velocity is the
+        unguided one: another value would teach the network to take it for no guidance.
       guidance_range: (low, high) of "range".
       num_loss_bins: equal parts of [0, 1] in which the loss is logged by time.
       latent_variance: variance of a channel of the latents, for the Gaussian floor in the log.
@@ -76,16 +76,15 @@ def velocity_loss(
     params: Params,
     frozen: Any,
     batch: TokenBatch,
-    noise: jax.Array,
-    t: jax.Array,
-    guidance: jax.Array | None,
-) -> jax.Array:
-    """Mean squared error of the predicted velocity, for each sample: float32 [B].
+    noise: Tokens,
+    t: Float[Array, " B"],
+    guidance: Float[Array, " B"] | None,
+) -> Float[Array, " B"]:
+    """Mean squared error of the predicted velocity, for each sample, float32.
 
     Args:
-      noise: [B, L, C] float32.
-      t: [B].
-      guidance: [B], or None for a network that takes none.
+      noise: float32.
+      guidance: None for a network that takes none.
 
     Raises:
       ValueError: if `predict` returns another shape than the target's.
@@ -125,7 +124,7 @@ def make_flow_matching(
     Args:
       init_params: key → fresh float32 parameters.
       takes_guidance: whether the network has an input for guidance.
-      ema_decay: see `make_gradient_step`, as for the rest.
+      ema_decay: see `make_gradient_step`, like the rest.
 
     Raises:
       ValueError: if the config gives guidance to a network without the input, or keeps it from one

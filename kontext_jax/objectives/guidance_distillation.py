@@ -36,7 +36,7 @@ from kontext_jax.objectives.draws import (
 )
 from kontext_jax.objectives.flow_matching import Predict
 from kontext_jax.objectives.state import make_train_state
-from kontext_jax.types import Params
+from kontext_jax.types import Array, Float, Int, Params, RandomKey, Tokens
 
 Guide = Literal["cfg", "interval", "apg"]
 
@@ -56,7 +56,8 @@ class GuidanceDistillationConfig(TimesConfig):
       guide: how the teacher is guided: "cfg", "interval" or "apg" (`kontext_jax.guidance`).
       interval: (low, high) of t in which "interval" guides.
       apg_parallel: part along the clean estimate that "apg" keeps; 1 is all of it.
-      apg_norm_limit: of the difference of two clean estimates of a sample, for "apg"; 0: none.
+      apg_norm_limit: largest norm of the difference of a sample's two clean estimates, for "apg";
+        0: no limit.
       guidance_range: (low, high) between which g is drawn.
       guidance_spacing: "even", or "log": evenly in log g, for ranges such as (1, 30).
       unguided_share: part of the samples with g = 1 exactly, which is learnt worst.
@@ -110,15 +111,15 @@ class GuidanceDistillationConfig(TimesConfig):
         return cfg
 
     def draw_times(
-        self, key: jax.Array, sample_index: jax.Array, num_image_tokens: int
-    ) -> jax.Array:
+        self, key: RandomKey, sample_index: Int[Array, " B"], num_image_tokens: int
+    ) -> Float[Array, " B"]:
         t = super().draw_times(key, sample_index, num_image_tokens)
         is_even = draw_even(key, "uniform_times", sample_index) < self.uniform_times
         even = draw_even(key, "uniform_t", sample_index, flow.SMALLEST_TRAINING_TIME, 1.0)
         return jnp.where(is_even, even, t)
 
-    def draw_guidance(self, key: jax.Array, sample_index: jax.Array) -> jax.Array:
-        """g of each sample: float32 [b]."""
+    def draw_guidance(self, key: RandomKey, sample_index: Int[Array, " B"]) -> Float[Array, " B"]:
+        """g of each sample, float32."""
         low, high = self.guidance_range
         if self.guidance_spacing == "log":
             logs = jnp.log(jnp.float32(low)), jnp.log(jnp.float32(high))
@@ -130,9 +131,9 @@ class GuidanceDistillationConfig(TimesConfig):
 
 
 def teacher_velocities(
-    teach: Teach, frozen: Any, x_t: jax.Array, t: jax.Array, batch: TokenBatch
-) -> tuple[jax.Array, jax.Array]:
-    """(v_uncond, v_cond) of the teacher from one batch of 2B: float32 [B, L, C] each.
+    teach: Teach, frozen: Any, x_t: Tokens, t: Float[Array, " B"], batch: TokenBatch
+) -> tuple[Tokens, Tokens]:
+    """(v_uncond, v_cond) of the teacher from one batch of 2B, float32.
 
     A sample's two texts stand side by side, so that no device gives samples away.
     """
@@ -155,8 +156,8 @@ def teacher_velocities(
     return v[:, 0], v[:, 1]
 
 
-def relative_error(v: jax.Array, target: jax.Array) -> jax.Array:
-    """‖v − target‖/‖target‖ of each sample: [B, L, C] → [B]."""
+def relative_error(v: Tokens, target: Tokens) -> Float[Array, " B"]:
+    """‖v − target‖/‖target‖ of each sample."""
     norm = lambda x: jnp.sqrt(jnp.sum(x**2, axis=(1, 2)))  # noqa: E731
     return norm(v - target) / jnp.maximum(norm(target), 1e-12)
 
@@ -186,7 +187,7 @@ def make_guidance_distillation(
       predict: the student, which takes guidance.
       teach: the teacher, which is not differentiated.
       init_params: key → fresh float32 parameters, for shapes; the student starts from its teacher.
-      ema_decay: see `make_gradient_step`, as for the rest.
+      ema_decay: see `make_gradient_step`, like the rest.
     """
     guide = config.make_guide()
 

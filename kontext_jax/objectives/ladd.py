@@ -49,7 +49,7 @@ from kontext_jax.objectives.base import (
 from kontext_jax.objectives.draws import draw_noise, means_by_time
 from kontext_jax.objectives.flow_matching import Predict
 from kontext_jax.objectives.state import TrainState, make_train_state
-from kontext_jax.types import Array, Float, Int, Params, Tokens
+from kontext_jax.types import Array, Bool, Float, Int, Params, RandomKey, Tokens
 
 Features = Callable[[Any, jax.Array, jax.Array, TokenBatch], Sequence[jax.Array]]
 """`features(frozen, x_t [B, L, C], t [B], batch) -> [[B, …], …]` of the frozen teacher.
@@ -65,23 +65,24 @@ class LADDConfig:
     """At which times the student learns, and what the discriminator is shown.
 
     Attributes:
-      timesteps: of the student, from 1 (noise) downwards: those of its sampler.
-      probabilities: of the timesteps. Most of the weight on 1 makes single steps good.
-      warmup_probabilities: likewise, in the first `warmup_steps`.
-      warmup_steps: steps that begin with easier times.
-      renoise_mean: of the logit of the time s at which features are taken; higher values look at
-        the whole picture, lower ones at its texture.
+      timesteps: times of the student's sampler, from 1 (noise) downwards.
+      probabilities: probability of each of the timesteps. Most of the weight on 1 makes single
+        steps good.
+      warmup_probabilities: their probabilities in the first `warmup_steps`.
+      warmup_steps: steps at the beginning with easier times.
+      renoise_mean: mean of the logit of s, the time at which features are taken; higher values look
+        at the whole picture, lower ones at its texture.
       renoise_sigma: standard deviation of that logit.
       renoise_range: (low, high) to which s is clipped.
-      r1_weight: of the gradient penalty on real examples.
-      negative_share: of the fakes, by weight, that are real examples beside the text, or the
-        references, of another example of the (micro-)batch, which keeps results faithful to both.
-        Added to the others' weight, they would make "all is fake" the best guess of heads that
-        cannot tell yet, where the hinge teaches them nothing more about fakes.
-      on_policy: probability that x_t is where the student's own Euler steps from noise get, not a
+      r1_weight: factor of the gradient penalty on real examples.
+      negative_share: weight among the fakes of mismatched examples: real ones beside the text, or
+        the references, of another example of the (micro-)batch. They keep results faithful to both.
+        This share replaces part of the fake loss. If it were added on top, untrained heads would do
+        best by calling everything fake, where the hinge has no gradient.
+      on_policy: probability of x_t from the student's own Euler steps from noise, instead of a
         mixture of x0 and noise. Untried at size; 0: never.
       discriminator_steps: updates of the heads for each of the student; each draws its own noise.
-      guidance: that networks with the input are told: at which the examples were made.
+      guidance: guidance input of networks that have it: that of the synthetic examples.
     """
 
     timesteps: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
@@ -129,7 +130,9 @@ class LADDConfig:
             raise ValueError(f"ladd.on_policy is {self.on_policy}; it must be in [0, 1]")
 
 
-def hinge_loss(real: Sequence[jax.Array], fake: Sequence[jax.Array]) -> jax.Array:
+def hinge_loss(
+    real: Sequence[Float[Array, "B ..."]], fake: Sequence[Float[Array, "B ..."]]
+) -> Float[Array, ""]:
     """Σ_k mean relu(1 − real_k) + mean relu(1 + fake_k), of the logits of each head."""
     return sum(jnp.mean(jax.nn.relu(1 - x)) for x in real) + sum(
         jnp.mean(jax.nn.relu(1 + x)) for x in fake
@@ -137,8 +140,9 @@ def hinge_loss(real: Sequence[jax.Array], fake: Sequence[jax.Array]) -> jax.Arra
 
 
 def gradient_penalty(
-    logits: Callable[[Sequence[jax.Array]], Sequence[jax.Array]], features: Sequence[jax.Array]
-) -> jax.Array:
+    logits: Callable[[Sequence[jax.Array]], Sequence[jax.Array]],
+    features: Sequence[Float[Array, "B ..."]],
+) -> Float[Array, ""]:
     """R1 at the heads' inputs: Σ_k mean over samples of ‖∂ΣD_k/∂F_k‖².
 
     A head sees its own features alone, so that one gradient of the sum of all logits gives all.
@@ -147,8 +151,8 @@ def gradient_penalty(
     return sum(jnp.sum(jnp.square(g.astype(jnp.float32))) / len(g) for g in grads)
 
 
-def mismatched(batch: TokenBatch, is_text: jax.Array) -> TokenBatch:
-    """Each example with the text of the one before where `is_text` [B], else its references."""
+def mismatched(batch: TokenBatch, is_text: Bool[Array, " B"]) -> TokenBatch:
+    """Each example with the text of the one before where `is_text`, else its references."""
 
     def exchange(x, which):
         return jnp.where(which.reshape(-1, *(1,) * (x.ndim - 1)), jnp.roll(x, 1, axis=0), x)
@@ -183,10 +187,14 @@ class LADD(NamedTuple):
     times: Float[Array, " K"]
 
 
+FeaturesOf = Callable[[Tokens], tuple[jax.Array, ...]]
+"""x → the teacher's features of it."""
+
+
 class Seen(NamedTuple):
     """What the heads are shown: features of one kind of example."""
 
-    features: Sequence[jax.Array]  # [B, …] each
+    features: Sequence[Float[Array, "B ..."]]
     s: Float[Array, " B"]  # the time at which they were taken
     batch: TokenBatch  # with the text and the references that they are judged beside
 
@@ -233,7 +241,7 @@ def student_input(
     frozen: Any,
     batch: TokenBatch,
     probabilities: Float[Array, " K"],
-    key: jax.Array,
+    key: RandomKey,
     sample_index: Int[Array, " B"],
 ) -> tuple[Tokens, Float[Array, " B"]]:
     """x_t and t that the student is given: x0 with noise, or its own states (`on_policy`).
@@ -262,10 +270,10 @@ def teacher_features(
     ladd: LADD,
     frozen: Any,
     batch: TokenBatch,
-    key: jax.Array,
+    key: RandomKey,
     use: str,
     sample_index: Int[Array, " B"],
-) -> tuple[Callable[[Tokens], tuple[jax.Array, ...]], Float[Array, " B"]]:
+) -> tuple[FeaturesOf, Float[Array, " B"]]:
     """F as a function of x [B, L, C], at a time s drawn for each sample; and s.
 
     Args:
@@ -286,7 +294,7 @@ def teacher_features(
 
 
 def show_examples(
-    ladd: LADD, frozen: Any, batch: TokenBatch, key: jax.Array, sample_index: Int[Array, " B"]
+    ladd: LADD, frozen: Any, batch: TokenBatch, key: RandomKey, sample_index: Int[Array, " B"]
 ) -> tuple[Seen, Seen | None]:
     """The examples as the heads see them: as they are; and, with `negative_share`, mismatched.
 
@@ -340,8 +348,13 @@ def heads_loss(
 
 
 def heads_gradient(
-    ladd: LADD, params: Params, frozen: Any, batch: TokenBatch, key: jax.Array, sample_index
-):
+    ladd: LADD,
+    params: Params,
+    frozen: Any,
+    batch: TokenBatch,
+    key: RandomKey,
+    sample_index: Int[Array, " B"],
+) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
     """L_D and its gradient by the heads alone: a `GradientFn` once `ladd` is given.
 
     Args:
@@ -358,8 +371,13 @@ def heads_gradient(
 
 
 def both_gradients(
-    ladd: LADD, params: Networks, frozen: Any, batch: TokenBatch, key: jax.Array, sample_index
-):
+    ladd: LADD,
+    params: Networks,
+    frozen: Any,
+    batch: TokenBatch,
+    key: RandomKey,
+    sample_index: Int[Array, " B"],
+) -> tuple[tuple[Float[Array, ""], Metrics], Networks]:
     """L_G by the student and L_D by the heads: a `GradientFn` once `ladd` is given.
 
     Args:
@@ -443,7 +461,7 @@ def make_ladd_step(
 
 
 def evaluate_ladd(
-    ladd: LADD, params: Params, frozen: Any, batch: TokenBatch, key: jax.Array
+    ladd: LADD, params: Params, frozen: Any, batch: TokenBatch, key: RandomKey
 ) -> Metrics:
     """Feature distance and spread of x̂0 beside x0, for each student time; see `make_ladd`."""
     x0, times = batch.x0.astype(jnp.float32), ladd.times
@@ -524,7 +542,7 @@ def start_ladd(
     params: Params,
     optimizer: optax.GradientTransformation,
     heads: Adversary,
-    key: jax.Array,
+    key: RandomKey,
     *,
     with_ema: bool,
 ) -> TrainState:

@@ -35,12 +35,12 @@ class PolicyDistillationConfig:
     """From which times to which the student leads, and where its teacher is asked.
 
     Attributes:
-      timesteps: of the student, from 1 (noise) downwards: those of its sampler. Each policy leads
-        to the next of them, the last to 0.
+      timesteps: times of the student's sampler, from 1 (noise) downwards. Each policy leads to the
+        next of them, the last to 0.
       teacher_times: τ of each example at which the teacher is asked.
-      smallest_time: τ below it counts as it; velocities there divide by next to nothing.
-      guidance: with which the teacher's velocity is taken, and which a student with the input is
-        told.
+      smallest_time: least τ; smaller draws are raised to it, since velocities there divide by next
+        to nothing.
+      guidance: guidance of the teacher's velocity, and the guidance input of a student.
     """
 
     timesteps: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
@@ -90,7 +90,7 @@ def make_policy_distillation(
       teach: the guided teacher, which is not differentiated.
       init_params: key → fresh float32 parameters, for shapes; the student starts from weights.
       takes_guidance: whether the student has an input for guidance.
-      ema_decay: see `make_gradient_step`, as for the rest.
+      ema_decay: see `make_gradient_step`, like the rest.
     """
     times = jnp.asarray(config.timesteps, jnp.float32)
     ends = jnp.append(times[1:], 0.0)

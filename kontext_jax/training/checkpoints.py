@@ -42,9 +42,9 @@ class CheckpointConfig:
     """When a run saves its state, and what it keeps.
 
     Attributes:
-      every_steps: a checkpoint after every so many steps; one more is always made at the end.
-      keep_last: how many of the newest stay; while one more is written, there are so many and one.
-      keep_every: those of every so many steps stay for good; None: none do.
+      every_steps: steps between checkpoints; one more is always made at the end.
+      keep_last: number of the newest that stay; there is one more while the next is written.
+      keep_every: steps between those that stay for good; None: none do.
       asynchronous: train on while writing.
       on_failed_save: "stop" ends the run with the reason; "continue" tells it and trains on.
     """
@@ -141,7 +141,7 @@ class Checkpoints:
 
         Args:
           directory: RUN/checkpoints, a local path or gs://…; the same one for all processes.
-          keep_last, keep_every, asynchronous, on_failed_save: as `CheckpointConfig`.
+          keep_last, keep_every, asynchronous, on_failed_save: see `CheckpointConfig`.
           tell: called with lines for the user, on every process.
         """
         self.directory = step_folders.absolute(directory)
@@ -187,7 +187,7 @@ class Checkpoints:
         Args:
           step: its name.
           state: a dataclass of arrays; `ITEMS` are stored apart from the other fields.
-          data_state: of JSON's types, small, the same on every process.
+          data_state: the position in the data, small, in JSON's types, equal on every process.
           config_json: the run's config.
           wait: return only when everything is on disk.
 
@@ -246,7 +246,7 @@ class Checkpoints:
             self._tell(f"WARNING: {error} Training goes on.")
 
     def close(self) -> None:
-        """Waits for the save under way; as `wait`."""
+        """Waits for the save under way; see `wait`."""
         self.wait()
 
     def _prepare(self, folder, nbytes: int, data_state: Mapping, config_json: str) -> None:
@@ -453,7 +453,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _writer_of(name: str, num_processes: int) -> int:
-    """The process that has a file of the arrays in its memory still: the one that wrote it."""
+    """Index of the process that wrote the file (and has it in its page cache)."""
     for part in name.split("/"):
         owner = part.removeprefix("ocdbt.process_")
         if owner != part and owner.isdecimal() and int(owner) < num_processes:

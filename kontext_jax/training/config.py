@@ -54,10 +54,10 @@ class EvalConfig:
     Attributes:
       every_steps: steps between losses on held-out examples, each with the same noise and times
         every time; for the parameters and for their average.
-      sources: where those examples are, read as `data` says; likewise `cache`, for encoded ones.
-      cache: see `sources`.
-      num_batches: of them.
-      batch_size: examples of a batch on all devices; 0 for that of training, by micro-batches.
+      sources: folders or files of held-out examples, read as the section `data` says.
+      cache: folder of encoded held-out examples, instead of `sources`.
+      num_batches: number of held-out batches.
+      batch_size: examples of a batch on all devices; 0 takes a micro-batch of training.
       sample_every_steps: steps between grids of references, results and targets
         (RUN/samples/STEP.png), from the average of the parameters where there is one.
       sample_rows: pictures in a grid.
@@ -95,8 +95,8 @@ class LogConfig:
     """What is written down, and how often.
 
     Attributes:
-      every_steps: steps that a line of metrics.jsonl and a point in TensorBoard is the mean of.
-      tensorboard: whether to write RUN/tensorboard.
+      every_steps: steps whose mean is one line of metrics.jsonl and one point in TensorBoard.
+      tensorboard: write RUN/tensorboard too.
       print_every_s: seconds between progress lines where there is no terminal.
       profile_from_step: step at which `jax.profiler` begins to write to RUN/profile; 0: never.
       profile_num_steps: steps that it records.
@@ -139,24 +139,24 @@ class TrainConfig:
         "guidance_distillation" trains a transformer to do in one pass what its teacher does in two,
         "ladd" one to do in few steps what its teacher does in many, and "policy_distillation" one
         whose steps are paths.
-      preset: which model, of `kontext_jax.models.presets`.
-      weights: what the trained network starts from: a weight directory, a run's folder, or
-        published weights; "" draws it afresh.
-      teacher: likewise the frozen transformer that the student of a distillation learns from; ""
-        for that of `weights`. Of a run, as of `weights`, the average is taken where there is one.
-      encoders: likewise where the frozen text encoders and the autoencoder are; "" for where
-        `weights` is. The tiny preset alone has untrained ones for nothing.
-      autoencoder_weights: where the frozen autoencoder is, if not with the text encoders.
+      preset: name of the model, one of `kontext_jax.models.presets`.
+      weights: path to the weights that the trained network starts from: a weight directory, a run's
+        folder, or published weights; "" draws it afresh.
+      teacher: path to the frozen transformer of a distillation; "" uses that of `weights`. A run
+        gives the average of its parameters, if it keeps one, here and for `weights`.
+      encoders: path to the frozen text encoders and autoencoder; "" uses `weights`; "untrained"
+        draws random ones, to try things out.
+      autoencoder_weights: path to the frozen autoencoder, if it is not with the text encoders.
       train: "full", or "lora": adapters beside frozen weights.
-      seed: of parameters, noise, times, dropout and the order of the data.
-      num_steps: of the run.
+      seed: seed of parameters, noise, times, dropout and the order of the data.
+      num_steps: steps of the run.
       batch_size: examples of a step, on all devices together.
-      accumulate_steps: parts of a batch that are computed one after another, to save memory.
-      dtype: in which networks compute. Parameters and optimizer are float32 in any case.
+      accumulate_steps: parts of a batch, computed one after another to save memory.
+      dtype: compute dtype of the networks. Parameters and optimizer are float32 in any case.
       attention_backend: see `kontext_jax.ops.attention`.
       remat: what the backward pass keeps of the forward pass; see `kontext_jax.models.mmdit`. An
         autoencoder has "none" and "full".
-      ema_decay: of the average of the parameters; 0 keeps none.
+      ema_decay: decay of the average of the parameters; 0 keeps none.
       max_skipped_in_a_row: training stops when so many steps in a row gave no finite numbers.
     """
 

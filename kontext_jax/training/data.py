@@ -1,4 +1,4 @@
-"""The batches of a run: for its steps, and those that it is measured on."""
+"""Training and held-out batches of a run."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -24,8 +24,8 @@ class Reading:
     """How this process reads.
 
     Attributes:
-      share: which of how many parts of a global batch it brings (`sharding.process_share`).
-      index_dir: folder for what is found out about the sources.
+      share: (index, count) of its part of a global batch, see `sharding.process_share`.
+      index_dir: folder for the index of the sources.
       tell: called with lines for the user.
     """
 
@@ -38,9 +38,9 @@ class OpenData(NamedTuple):
     """Batches without end.
 
     Attributes:
-      batches: of pictures or of encoded examples.
-      examples_per_epoch: how many there are, weights of sources included.
-      null_text: txt [T, D] and vec [D] of the empty prompt, where the examples are encoded.
+      batches: batches of pictures, or of encoded examples.
+      examples_per_epoch: number of examples, weights of sources included.
+      null_text: txt [T, D] and vec [D] of the empty prompt; None where the examples are pictures.
     """
 
     batches: Batches
@@ -101,7 +101,7 @@ def open_data(
     """The batches of the run's steps, until the context ends.
 
     Args:
-      facts: gives those of the frozen networks, which encoded examples must have been made by.
+      facts: () → the facts of the frozen networks that must have made the encoded examples.
 
     Raises:
       ValueError: there are none, they are damaged, or this mix of them cannot be.
@@ -117,7 +117,7 @@ def held_out_batches(
     """The examples for evaluation, in host memory; none if nothing asks for them.
 
     Raises:
-      ValueError: as `open_data`.
+      ValueError: see `open_data`.
     """
     if not (config.eval.every_steps or config.eval.sample_every_steps):
         return []

@@ -40,10 +40,10 @@ class OptimizerConfig:
         modulation, norms, biases and the final layer by AdamW.
       learning_rate: the peak. With Muon it serves both halves, since Muon's updates are scaled to
         the size of AdamW's (0.2·sqrt(max(in, out)), arXiv:2502.16982).
-      schedule: of the rate after the warm-up: "constant", or down to `end_fraction` at num_steps,
-        "linear" or "cosine".
+      schedule: course of the rate after the warm-up: "constant", or "linear" or "cosine", down to
+        `end_fraction` at num_steps.
       warmup_steps: updates over which the rate rises to the peak in a straight line.
-      end_fraction: share of the peak that is left at num_steps.
+      end_fraction: the rate at num_steps, as a share of the peak.
       b1: decay of AdamW's first moment.
       b2: decay of AdamW's second moment.
       eps: added to AdamW's denominator.

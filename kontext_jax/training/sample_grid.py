@@ -9,6 +9,7 @@ import numpy as np
 
 from kontext_jax.batches import ImageBatch
 from kontext_jax.pictures.latents import model_to_pixels
+from kontext_jax.types import Float, UInt8
 
 GAP_PX = 4
 GAP_LEVEL = 128
@@ -27,12 +28,14 @@ def first_rows(batch: Any, count: int) -> Any:
     )
 
 
-def make_grid(columns: Sequence[np.ndarray], num_rows: int) -> np.ndarray:
-    """One picture uint8 [height, width, 3] of several columns of pictures.
+def make_grid(
+    columns: Sequence[Float[np.ndarray, "B _ _ 3"]], num_rows: int
+) -> UInt8[np.ndarray, "height width 3"]:
+    """One picture of several columns of pictures.
 
     Args:
-      columns: float32 [B, height, width, 3] each, about [-1, 1]; sizes may differ between columns.
-      num_rows: how many of the B to show at most.
+      columns: float32, about [-1, 1]; sizes may differ between columns.
+      num_rows: number of the B to show at most.
     """
     cells = [model_to_pixels(column[:num_rows]) for column in columns]
     num_rows = len(cells[0])

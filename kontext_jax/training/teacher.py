@@ -1,4 +1,4 @@
-"""A frozen transformer that another one learns from, and what it may lack to become that one.
+"""A frozen transformer that another one learns from.
 
     teacher = Teacher(open_weights(path), jnp.bfloat16, backend)      # headers alone are read
     frozen = {"teacher": teacher.load(place)}                         # shapes(): what that gives
@@ -18,7 +18,7 @@ from kontext_jax.models import conditioning
 from kontext_jax.models.mmdit import MMDiT, Remat, make_velocity_fn
 from kontext_jax.models.presets import MMDiTConfig
 from kontext_jax.ops.attention import Backend
-from kontext_jax.types import Params
+from kontext_jax.types import Array, Float, Params, Tokens
 from kontext_jax.weights.bundle import ModelBundle, Place, parameter_shapes
 
 NO_GUIDANCE = 1.0  # what a network that takes guidance is told, to be the conditional one
@@ -28,8 +28,8 @@ class Teacher:
     """The transformer of a bundle, its weights still on disk.
 
     Args:
-      dtype: in which it computes and its parameters are stored.
-      remat: what its blocks keep for a backward pass by its inputs, see `models.mmdit`.
+      dtype: dtype of its parameters and of what it computes.
+      remat: results that its blocks keep for a backward pass by its inputs, see `models.mmdit`.
 
     Attributes:
       model: the module, for whoever needs more of it than the velocity.
@@ -74,7 +74,7 @@ class Teacher:
         """What the network takes besides x_t and t.
 
         Args:
-          guidance: that a network with the input is told; one without it is not.
+          guidance: guidance input, for a network that has it.
         """
         told = None
         if self.config.guidance_embed:
@@ -84,10 +84,10 @@ class Teacher:
     def velocity(
         self,
         params: Params,
-        x_t: jax.Array,
-        t: jax.Array,
+        x_t: Tokens,
+        t: Float[Array, " B"],
         batch: TokenBatch,
         guidance: float = NO_GUIDANCE,
-    ) -> jax.Array:
-        """Velocity of the target tokens x_t [B, L, C] at times t [B]: [B, L, C]."""
+    ) -> Tokens:
+        """Velocity of the target tokens x_t at times t."""
         return make_velocity_fn(self.model, params, self.condition(batch, guidance))(x_t, t, None)

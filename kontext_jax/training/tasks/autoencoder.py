@@ -26,7 +26,7 @@ from kontext_jax.pictures import latents
 from kontext_jax.runtime.sharding import shard_batch
 from kontext_jax.training.config import TrainConfig
 from kontext_jax.training.optimizer import make_optimizer, make_schedule
-from kontext_jax.training.tasks.base import NOTHING_FROZEN, Devices, Frozen, Task, Work
+from kontext_jax.training.tasks.base import NOTHING_FROZEN, Devices, Frozen, Pictures, Task, Work
 from kontext_jax.types import DTYPES, Params
 from kontext_jax.weights.bundle import Component, OpenWeights, Place
 from kontext_jax.weights.perceptual import load_perceptual, perceptual_dir, perceptual_shapes
@@ -168,7 +168,7 @@ class PictureFeed:
         image = latents.pixels_to_model(batch.target)
         return shard_batch(self._devices.mesh, PictureBatch(image))
 
-    def sample(self, params: Params, frozen: Any, batch: ImageBatch) -> list[np.ndarray]:
+    def sample(self, params: Params, frozen: Any, batch: ImageBatch) -> Pictures:
         """Pictures, and their reconstructions through the posterior's mean."""
         given = self(batch)
 

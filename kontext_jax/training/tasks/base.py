@@ -18,11 +18,15 @@ from kontext_jax.objectives.state import TrainState
 from kontext_jax.runtime.chips import peak_flops
 from kontext_jax.runtime.programs import Executables, Program
 from kontext_jax.training.config import TrainConfig
-from kontext_jax.types import Params
+from kontext_jax.types import Float, Params
 from kontext_jax.weights.bundle import OpenWeights, Place
 
 NullText = tuple[np.ndarray, np.ndarray]
 """Features of the empty prompt: txt [T, D] and vec [D]."""
+
+
+Pictures = list[Float[np.ndarray, "B height width 3"]]
+"""Columns of a grid of pictures, float32, about [-1, 1]; sizes may differ between columns."""
 
 
 class Work(NamedTuple):
@@ -68,8 +72,8 @@ class Feed(Protocol):
 
     def __call__(self, batch: Any) -> Any: ...
 
-    def sample(self, params: Params, frozen: Any, batch: Any) -> list[np.ndarray]:
-        """Columns of a grid of pictures: float32 [B, height, width, 3] each, about [-1, 1]."""
+    def sample(self, params: Params, frozen: Any, batch: Any) -> Pictures:
+        """Columns of a grid of pictures of what the parameters make of a held-out batch."""
         ...
 
 

@@ -17,7 +17,7 @@ from kontext_jax.models.tokenizing import Tokenizers
 from kontext_jax.objectives.base import num_samples
 from kontext_jax.pictures import latents
 from kontext_jax.runtime.sharding import batch_shardings, shard_batch
-from kontext_jax.training.tasks.base import Devices, NullText
+from kontext_jax.training.tasks.base import Devices, NullText, Pictures
 from kontext_jax.types import Params, VelocityFn
 from kontext_jax.weights.bundle import ModelBundle
 from kontext_jax.weights.encoders import load_encoder_params
@@ -43,9 +43,9 @@ class TokenFeed:
     """Encodes pictures and prompts by frozen networks, and samples from what is trained.
 
     Args:
-      preset: sizes of the networks, and how its model is sampled.
+      preset: sizes of the networks, and sampling defaults of the trained one.
       encoders: the frozen networks on disk; read here, as far as they are needed.
-      dtype: in which they compute.
+      dtype: compute dtype of the encoders.
       null_text: features of the empty prompt, where the examples come encoded; None to encode it.
       samples: None if `sample` is never called.
     """
@@ -107,7 +107,7 @@ class TokenFeed:
 
         return self._devices.run(name, make, *args, out_shardings=split)
 
-    def sample(self, params: Params, frozen: Any, batch: Any) -> list[np.ndarray]:
+    def sample(self, params: Params, frozen: Any, batch: Any) -> Pictures:
         """References as the autoencoder shows them, what the network makes, and the targets."""
         encoded = self._encode(batch)
         tokens = self._tokens(encoded)
