@@ -80,8 +80,7 @@ class Batches(Protocol):
         """Ends threads and worker processes."""
 
 
-@flax.struct.dataclass
-class Conditioning:
+class Conditioning(flax.struct.PyTreeNode):
     """What a batch of images is made from, besides noise and time."""
 
     txt: jax.Array  # [B, T, context_in_dim]
@@ -91,8 +90,7 @@ class Conditioning:
     pe: jax.Array  # [2, S, Dh/2] or [B, 2, S, Dh/2] for text, target and references, in this order
 
 
-@flax.struct.dataclass
-class TokenBatch:
+class TokenBatch(flax.struct.PyTreeNode):
     """Examples of one optimizer step. All fields but SHARED lead with the axis of the samples."""
 
     SHARED: ClassVar[frozenset[str]] = frozenset({"null_txt", "null_vec", "pe"})

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 # Rooms (tools/rooms.py) without a fragment, where none may come back.
-DONE: tuple[str, ...] = ()
+DONE: tuple[str, ...] = ("objectives", "training", "configs")
 
 SECTION = re.compile(r"^( *)(Args|Attributes|Returns|Raises|Yields):\s*$")
 ENTRY = re.compile(r"^( *)([*\w][\w*, ]*): +(.*)$")

@@ -6,13 +6,13 @@ flags → weights → LoRAs → request → pipeline → files
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kontext_jax.commands.edit_flags import OUTPUTS, make_parser
 from kontext_jax.commands.edit_weights import UNTRAINED, add_loras, choose_weights, model_named
-from kontext_jax.terminal import exit_status
+from kontext_jax.terminal import Tell, exit_status
 
 if TYPE_CHECKING:  # these take JAX or NumPy with them
     from kontext_jax.sampling.jobs import Job
@@ -29,7 +29,6 @@ PICTURES_AT_A_TIME = 64  # of a folder, in memory: 2.3 GB of photographs of 12 m
 
 Flags = dict[str, Any]
 """Values of the flags that were given, by name."""
-Tell = Callable[[str], None]
 
 
 def main(argv: list[str] | None = None, prog: str = "kontext edit") -> int:

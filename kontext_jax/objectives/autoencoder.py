@@ -271,7 +271,7 @@ def make_autoencoder(
         sums = {f"{name}/sum": jnp.sum(value) for name, value in metrics.items()}
         return sums | {f"{name}/count": count for name in metrics}
 
-    options = {"ema_decay": ema_decay, "accumulate_steps": accumulate_steps}
+    options: dict[str, Any] = {"ema_decay": ema_decay, "accumulate_steps": accumulate_steps}
     if adversary is None:
         step = make_gradient_step(loss_fn, optimizer, learning_rate=learning_rate, **options)
     else:

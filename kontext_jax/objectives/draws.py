@@ -148,7 +148,7 @@ def means_by_time(
     index = jnp.clip((t * bins).astype(jnp.int32), 0, bins - 1)
     is_in_bin = jax.nn.one_hot(index, bins)  # [b, bins]
     counts = jnp.sum(is_in_bin, axis=0)
-    metrics = {}
+    metrics: Metrics = {}
     for name, value in values.items():
         sums = jnp.sum(is_in_bin * value[:, None], axis=0)
         for i in range(bins):

@@ -134,9 +134,8 @@ def hinge_loss(
     real: Sequence[Float[Array, "B ..."]], fake: Sequence[Float[Array, "B ..."]]
 ) -> Float[Array, ""]:
     """Σ_k mean relu(1 − real_k) + mean relu(1 + fake_k), of the logits of each head."""
-    return sum(jnp.mean(jax.nn.relu(1 - x)) for x in real) + sum(
-        jnp.mean(jax.nn.relu(1 + x)) for x in fake
-    )
+    of_real = sum(jnp.mean(jax.nn.relu(1 - x)) for x in real)
+    return jnp.asarray(of_real + sum(jnp.mean(jax.nn.relu(1 + x)) for x in fake))
 
 
 def gradient_penalty(
@@ -148,7 +147,7 @@ def gradient_penalty(
     A head sees its own features alone, so that one gradient of the sum of all logits gives all.
     """
     grads = jax.grad(lambda f: sum(jnp.sum(x) for x in logits(f)))(tuple(features))
-    return sum(jnp.sum(jnp.square(g.astype(jnp.float32))) / len(g) for g in grads)
+    return jnp.asarray(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) / len(g) for g in grads))
 
 
 def mismatched(batch: TokenBatch, is_text: Bool[Array, " B"]) -> TokenBatch:
@@ -553,14 +552,14 @@ def start_ladd(
 
 def _judgement(real, fake, real_s, fake_s) -> Metrics:
     """What the heads say, by head and by s."""
-    metrics = {}
+    metrics: Metrics = {}
     for k, (r, f) in enumerate(zip(real, fake, strict=True)):
         metrics |= {
             f"discriminator/real/{k}": jnp.mean(r),
             f"discriminator/fake/{k}": jnp.mean(f),
         }
     active = [jnp.mean(r < 1) + jnp.mean(f > -1) for r, f in zip(real, fake, strict=True)]
-    metrics["discriminator/active"] = sum(active) / (2 * len(active))
+    metrics["discriminator/active"] = jnp.asarray(sum(active) / (2 * len(active)))
     is_right = [_shares([r > 0 for r in real]), _shares([f < 0 for f in fake])]  # [B] each
     s, right = jnp.concatenate([real_s, fake_s]), jnp.concatenate(is_right)
     return metrics | means_by_time(s, {"discriminator/accuracy": right}, NUM_ACCURACY_BINS)
@@ -568,9 +567,9 @@ def _judgement(real, fake, real_s, fake_s) -> Metrics:
 
 def _shares(maps: Sequence[jax.Array]) -> jax.Array:
     """Share of true values for each sample, over all maps: [B]."""
-    return sum(jnp.mean(x.reshape(len(x), -1), axis=1) for x in maps) / len(maps)
+    return jnp.asarray(sum(jnp.mean(x.reshape(len(x), -1), axis=1) for x in maps) / len(maps))
 
 
 def _feature_distance(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> jax.Array:
     squares = [jnp.mean(jnp.square((x - y).astype(jnp.float32))) for x, y in zip(a, b, strict=True)]
-    return sum(squares) / len(squares)
+    return jnp.asarray(sum(squares) / len(squares))

@@ -22,7 +22,13 @@ from kontext_jax.batches import TokenBatch
 from kontext_jax.flow import path as flow
 from kontext_jax.flow import policy
 from kontext_jax.flow.names import check_timesteps
-from kontext_jax.objectives.base import Objective, make_gradient_step, num_samples, sample_keys
+from kontext_jax.objectives.base import (
+    Metrics,
+    Objective,
+    make_gradient_step,
+    num_samples,
+    sample_keys,
+)
 from kontext_jax.objectives.draws import draw_even, draw_noise, mean_of
 from kontext_jax.objectives.flow_matching import Predict
 from kontext_jax.objectives.guidance_distillation import Teach, relative_error
@@ -127,7 +133,7 @@ def make_policy_distillation(
             return compare(frozen, batch, x, estimates, t, end, end + (t - end) * part)
 
         losses, relative, _ = lax.map(ask, jnp.arange(config.teacher_times))
-        metrics = {}
+        metrics: Metrics = {}
         for i in range(len(times)):
             metrics |= mean_of(f"relative_error/{i}", relative, index == i)
         return jnp.mean(losses), metrics

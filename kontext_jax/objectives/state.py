@@ -10,8 +10,7 @@ import optax
 from kontext_jax.types import Params
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """The state between two steps. Random numbers need no state: they follow from key and step."""
 
     step: jax.Array  # int32 []; steps taken, skipped ones included

@@ -8,6 +8,13 @@ The manifest lists every other file with its size and CRC-32. A step without one
 and counts as absent; a step whose files are not what its manifest says is damaged: it is set aside
 as `STEP.damaged`, and the step before it is used. Nothing is deleted but what the policy of keeping
 names, and unfinished steps once a later one is whole.
+
+Orbax writes and reads the arrays (`storage.arrays`). Keeping, deleting and the thread that finishes
+a save are not left to its CheckpointManager, which deletes old steps when it has committed the
+arrays of a new one: before a manifest can be written, since that needs the checksums of those
+files. Here a step is deleted only when a later one has its manifest, and its own manifest goes
+first, so that a kill at any point leaves no step that looks whole and is not. A failed save must
+leave nothing half written, and say how much room it needed (docs/faults.md has the tests by kill).
 """
 
 from __future__ import annotations

@@ -1,17 +1,21 @@
-"""What a training run writes down as it goes: settings, metrics, pictures, profiles."""
+"""What a training run tells and writes down: settings, metrics, pictures, profiles."""
 
+import math
 from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 
 from kontext_jax.objectives.base import mean_metrics
 from kontext_jax.pictures.files import write_png
 from kontext_jax.runtime.atomic import write_text
+from kontext_jax.runtime.sharding import tree_bytes
 from kontext_jax.terminal import Tell
 from kontext_jax.training import config as train_config
 from kontext_jax.training.config import TrainConfig
 from kontext_jax.training.metrics import MetricLog, Progress, RunFiles, Speed
+from kontext_jax.training.tasks.base import Task, Work
 
 STANDINGS = ("skipped_total", "skipped_in_a_row")  # metrics whose last value tells, not the mean
 CONFIG_FILE, SAMPLES, PROFILE = "config.json", "samples", "profile"
@@ -20,6 +24,38 @@ CONFIG_FILE, SAMPLES, PROFILE = "config.json", "samples", "profile"
 def is_due(step: int, every_steps: int) -> bool:
     """Whether something is done after this step; never if `every_steps` is 0."""
     return every_steps > 0 and step % every_steps == 0
+
+
+def describe(config: TrainConfig, task: Task, mesh: Mesh, abstract: Any) -> list[str]:
+    """What a person wants to know before a run begins, a line each."""
+    trained = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
+    frozen = sum(math.prod(x.shape) for x in jax.tree.leaves(task.frozen_shapes()))
+    axes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    device = mesh.devices.flat[0].device_kind
+    beside = f" beside {frozen:,} frozen" if frozen else ""
+    return [
+        *task.sources,
+        f"{trained:,} trained parameters{beside}; {tree_bytes(abstract) / 2**30:.3g} GiB of state "
+        "on each device",
+        f"{mesh.size} device(s) {device}" + (f", {axes}" if axes else ""),
+        f"{config.num_steps} steps of {config.batch_size} examples, {config.dtype}",
+    ]
+
+
+def compiled_line(name: Any, compiled: Any, seconds: float) -> str:
+    """What is told of a program that was compiled: its name, the time, its memory."""
+    kind = name if isinstance(name, str) else name[0]
+    memory = compiled.memory_analysis()
+    line = f"compiled {kind} in {seconds:.1f} s"
+    if memory is None:
+        return line
+    peak = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+    return f"{line}, {peak / 2**30:.3g} GiB on each device"
 
 
 class Journal:
@@ -40,12 +76,14 @@ class Journal:
         speed: Speed,
         tell: Tell,
     ):
-        self.rows, self.running = rows, None
+        self.rows = rows
+        self.running: tuple[int, Any, Work] | None = None
         self._config, self._run, self._speed = config, run, speed
         self._figures: dict[str, float] = {}
         self._is_first = jax.process_index() == 0
-        self.files = RunFiles(run) if self._is_first else None
+        self.files, self._log = None, None
         if self._is_first:
+            self.files = RunFiles(run)
             self._log = MetricLog(self.files.local, step, config.log.tensorboard)
         told = tell if self._is_first else None
         self._progress = Progress(config.num_steps, step, told, config.log.print_every_s)
@@ -56,7 +94,7 @@ class Journal:
             write_text(self._run / CONFIG_FILE, text, durable=True)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        if self._is_first:
+        if self._log is not None:
             self._log.write(kind, step, values)
 
     def finish_running(self, counts: dict[str, int]) -> None:
@@ -89,19 +127,19 @@ class Journal:
 
     def show(self, step: int, picture: Any, examples: Any) -> None:
         """Writes a picture uint8 [height, width, 3] of some held-out examples."""
-        if self._is_first:
+        if self.files is not None and self._log is not None:
             told = {"step": step, "prompts": list(getattr(examples, "prompts", ()))}
             write_png(self.files.local / SAMPLES / f"{step}.png", picture, told)
             self._log.picture("samples", step, picture)
 
     def publish(self) -> None:
-        if self._is_first:
+        if self.files is not None and self._log is not None:
             self._log.flush()
             self.files.publish()
 
     def close(self) -> None:
         self._progress.close()
-        if self._is_first:
+        if self.files is not None and self._log is not None:
             self._log.close()
             self.files.close()
 

@@ -29,7 +29,6 @@ from kontext_jax.runtime.sharding import (
     make_mesh,
     num_batch_shards,
     process_share,
-    tree_bytes,
 )
 from kontext_jax.storage.step_folders import CHECKPOINTS, CheckpointError, find_damage
 from kontext_jax.terminal import Tell
@@ -38,7 +37,14 @@ from kontext_jax.training import config_tree
 from kontext_jax.training.checkpoints import Checkpoints, config_difference
 from kontext_jax.training.config import TrainConfig
 from kontext_jax.training.data import Reading, held_out_batches, open_data
-from kontext_jax.training.journal import CONFIG_FILE, Journal, Profile, is_due
+from kontext_jax.training.journal import (
+    CONFIG_FILE,
+    Journal,
+    Profile,
+    compiled_line,
+    describe,
+    is_due,
+)
 from kontext_jax.training.metrics import Speed
 from kontext_jax.training.programs import evaluate_program, step_program
 from kontext_jax.training.sample_grid import first_rows, make_grid
@@ -115,7 +121,7 @@ def train(
         chip = chip_of(mesh.devices.flat[0].device_kind)
         programs = Executables(
             speed,
-            lambda *program: tell(_compiled_line(*program)),
+            lambda *program: tell(compiled_line(*program)),
             compiler_options.options(jax.default_backend(), "train", chip and chip.name),
         )
         devices = Devices(mesh, place_on(mesh), programs, precision_of(config.dtype))
@@ -295,34 +301,3 @@ def _rows_of_process(config: TrainConfig, mesh: Mesh) -> int:
     shards = num_batch_shards(mesh)
     _, num_shares = process_share(mesh)
     return math.ceil(config.eval.sample_rows / shards) * shards // num_shares
-
-
-def describe(config: TrainConfig, task: Task, mesh: Mesh, abstract: Any) -> list[str]:
-    """What a person wants to know before a run begins, a line each."""
-    trained = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
-    frozen = sum(math.prod(x.shape) for x in jax.tree.leaves(task.frozen_shapes()))
-    axes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-    device = mesh.devices.flat[0].device_kind
-    beside = f" beside {frozen:,} frozen" if frozen else ""
-    return [
-        *task.sources,
-        f"{trained:,} trained parameters{beside}; {tree_bytes(abstract) / 2**30:.3g} GiB of state "
-        "on each device",
-        f"{mesh.size} device(s) {device}" + (f", {axes}" if axes else ""),
-        f"{config.num_steps} steps of {config.batch_size} examples, {config.dtype}",
-    ]
-
-
-def _compiled_line(name: Any, compiled: Any, seconds: float) -> str:
-    kind = name if isinstance(name, str) else name[0]
-    memory = compiled.memory_analysis()
-    line = f"compiled {kind} in {seconds:.1f} s"
-    if memory is None:
-        return line
-    peak = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-    )
-    return f"{line}, {peak / 2**30:.3g} GiB on each device"

@@ -143,12 +143,13 @@ def work_on_pictures(batch: PictureBatch) -> Work:
 
 
 def _sizes(config: TrainConfig, start: Component | None) -> VAEConfig:
-    """The sizes of the autoencoder.
+    """Sizes of the autoencoder.
 
     Raises:
       ValueError: the config asks for other latents than the weights have.
     """
     given = PRESETS[config.preset].vae if start is None else start.config
+    assert isinstance(given, VAEConfig)
     wanted = given.with_channels(config.autoencoder.z_channels)
     if start is not None and wanted != given:
         raise ValueError(

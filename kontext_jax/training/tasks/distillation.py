@@ -50,6 +50,7 @@ def open_with_teacher(config: TrainConfig, open_weights: OpenWeights) -> tuple[N
     own = defaults_of_run(config_tree.to_dict(config), {})
     preset = dataclasses.replace(network.preset, **own)
     bundle = open_weights(config.teacher) if config.teacher else network.bundle
+    assert bundle is not None, "TrainConfig asks distillations for weights"
     model = network.model
     teacher = Teacher(bundle, model.dtype, model.attention_backend, config.remat)
     channels = preset.mmdit.out_channels // preset.num_velocities

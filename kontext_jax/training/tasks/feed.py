@@ -61,18 +61,19 @@ class TokenFeed:
     ):
         self._preset, self._devices, self._samples = preset, devices, samples
         self._networks = conditioning.make_encoders(preset, dtype)
+        null: Any = null_text
         if null_text is None:
             self._tokenizers = Tokenizers(**encoders.tokenizer_dirs)
             self._tokenizers.check_fit(preset.t5, preset.clip)
             self._params = load_encoder_params(encoders, dtype, devices.place)
-            null_text = conditioning.null_text(
+            null = conditioning.null_text(
                 self._networks, self._params, self._tokenizers, preset.max_text_tokens
             )
         elif samples is not None:
             vae = encoders.components["vae"]
             self._params = {"vae": vae.load(dtype=jnp.float32, device=devices.place)}
         everywhere = devices.everywhere
-        self._null = jax.jit(lambda x: x, out_shardings=everywhere)(null_text)
+        self._null = jax.jit(lambda x: x, out_shardings=everywhere)(null)
 
     def __call__(self, batch: ImageBatch | EncodedBatch) -> TokenBatch:
         return self._tokens(self._encode(batch))
@@ -109,12 +110,14 @@ class TokenFeed:
 
     def sample(self, params: Params, frozen: Any, batch: Any) -> Pictures:
         """References as the autoencoder shows them, what the network makes, and the targets."""
+        assert self._samples is not None, "the task makes no samples by its config"
         encoded = self._encode(batch)
         tokens = self._tokens(encoded)
-        size = encoded.x0.shape[1:3]
+        _, rows, columns, channels = encoded.x0.shape
+        size = rows, columns
         preset, samples, count = self._preset, self._samples, num_samples(tokens)
         seeds = [samples.seed + i for i in range(count)]
-        noise = latents.pack(initial_noise(seeds, *size, encoded.x0.shape[3]))
+        noise = latents.pack(initial_noise(seeds, rows, columns, channels))
         own = preset.timesteps_of(samples.num_steps)
         timesteps = sampling_schedule(
             samples.num_steps, noise.shape[1], preset.shift_timesteps, own
@@ -134,8 +137,8 @@ class TokenFeed:
 
         args = (params, frozen, tokens, np.asarray(noise), timesteps)
         result = self._run(("sample", size), make, *args)
-        columns = [*encoded.contexts[:1], result, encoded.x0]
-        return [self._decode(column) for column in columns]
+        shown = [*encoded.contexts[:1], result, encoded.x0]
+        return [self._decode(column) for column in shown]
 
     def _decode(self, x: jax.Array) -> np.ndarray:
         def make():

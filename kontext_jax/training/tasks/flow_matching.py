@@ -20,6 +20,7 @@ def flow_matching_task(config: TrainConfig, open_weights: OpenWeights) -> Task:
     """Trains the transformer, or adapters beside it, on tokens from frozen encoders."""
     network = open_network(config, open_weights)
     if config.train == "lora":
+        assert network.start is not None, "TrainConfig asks adapters for weights"
         student = adapted(network.model, network.start, config.lora)
     else:
         student = whole(network.model, network.start)

@@ -9,7 +9,7 @@ import jax
 from kontext_jax.batches import EncodedBatch, TokenBatch
 from kontext_jax.models.conditioning import ENCODER_KINDS, tokens_of
 from kontext_jax.models.mmdit import MMDiT
-from kontext_jax.models.presets import PRESETS, Preset
+from kontext_jax.models.presets import PRESETS, MMDiTConfig, Preset
 from kontext_jax.numerics import DIFFUSERS
 from kontext_jax.objectives.base import Objective, num_samples
 from kontext_jax.objectives.state import TrainState
@@ -171,10 +171,12 @@ def abstract_tokens(
         txt=shape((batch_size, *text[0]), dtype),
         vec=shape((batch_size, *text[1]), dtype),
     )
-    null = [shape(dims, dtype) for dims in text]
-    return jax.eval_shape(
-        lambda encoded, null: tokens_of(encoded, *null, preset.mmdit), encoded, null
-    )
+    null_txt, null_vec = (shape(dims, dtype) for dims in text)
+
+    def tokens(encoded: EncodedBatch, null_txt: jax.Array, null_vec: jax.Array) -> TokenBatch:
+        return tokens_of(encoded, null_txt, null_vec, preset.mmdit)
+
+    return jax.eval_shape(tokens, encoded, null_txt, null_vec)
 
 
 def _named_backend(config: TrainConfig) -> Backend:
@@ -230,6 +232,7 @@ def _fitting_preset(
     preset = PRESETS[config.preset]
     if start is not None:
         found = start.components["mmdit"].config
+        assert isinstance(found, MMDiTConfig)
         may_differ = set()
         if grows and not found.guidance_embed:
             may_differ.add("guidance_embed")
@@ -245,5 +248,5 @@ def _fitting_preset(
                 f"{config.weights} is no {config.preset}: {'; '.join(differing)}; set preset to "
                 f"another of {', '.join(PRESETS)}"
             )
-    configs = {kind: encoders.components[kind].config for kind in ENCODER_KINDS}
+    configs: dict[str, Any] = {kind: encoders.components[kind].config for kind in ENCODER_KINDS}
     return dataclasses.replace(preset, **configs)
