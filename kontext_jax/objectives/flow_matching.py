@@ -1,6 +1,6 @@
 """Rectified flow: predict the velocity of target tokens from text and references (Kontext, eq. 3).
 
-    x_t   = (1 − t)·x0 + t·noise           t as in `kontext_jax.flow`, mu from the target tokens
+    x_t   = (1 − t)·x0 + t·noise           t as in `flow.path`, mu from the target tokens
     loss  = mean over samples of weight(t)·mean((velocity − (noise − x0))²)
 
 The loss is over target tokens alone, in float32. Text is dropped for a whole sample, T5 and CLIP

@@ -1,6 +1,6 @@
 """Guidance distillation: one pass of a student for two of its teacher (arXiv:2210.03142).
 
-    v_g   = guide(v_T(x_t, t, ∅, y), v_T(x_t, t, c, y), g)         `kontext_jax.guidance`
+    v_g   = guide(v_T(x_t, t, ∅, y), v_T(x_t, t, c, y), g)         `flow.guidance`
     loss  = mean over samples of mean((v_S(x_t, t, c, y, g) − sg v_g)²)
 
 c is the text and y the references, which both of the teacher's predictions are given. g is
@@ -53,7 +53,7 @@ class GuidanceDistillationConfig(TimesConfig):
 
     Attributes, beside those of `TimesConfig`:
       uniform_times: part of the samples whose time is drawn evenly instead.
-      guide: how the teacher is guided: "cfg", "interval" or "apg" (`kontext_jax.guidance`).
+      guide: rule that guides the teacher: "cfg", "interval" or "apg" (`flow.guidance`).
       interval: (low, high) of t in which "interval" guides.
       apg_parallel: part along the clean estimate that "apg" keeps; 1 is all of it.
       apg_norm_limit: largest norm of the difference of a sample's two clean estimates, for "apg";

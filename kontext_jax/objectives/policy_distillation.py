@@ -1,6 +1,6 @@
 """Policy distillation (π-Flow): one pass of a student for a whole stretch of its teacher's path.
 
-    u_1 … u_N = S(x_r, r, c, y, g)               velocities, a policy π (`kontext_jax.policy`)
+    u_1 … u_N = S(x_r, r, c, y, g)               velocities, a policy π (`flow.policy`)
     x_τ       where π leads from x_r by τ, even between r and the next student time, as a number
     loss      = mean over samples and τ of mean((π(x_τ, τ) − sg v_g(x_τ, τ))²)
 

@@ -1,6 +1,6 @@
 """Checkpoints of a training run: written beside the training, checked when read, never half used.
 
-    RUN/checkpoints/STEP/arrays/{params, ema_params, opt_state, rest}/    by array_store
+    RUN/checkpoints/STEP/arrays/{params, ema_params, opt_state, rest}/    by storage.arrays
     RUN/checkpoints/STEP/data_state.json, config.json
     RUN/checkpoints/STEP/manifest.json                                    written last
 
