@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     encode = [
         *("-m", "kontext_jax.precompute.encode", f"scenes:easy:train:{args.scenes}", "-q"),
         *("--weights", str(args.runs / "encoders"), "--resolution", "64", "--dtype", "float32"),
-        *("--batch_size", "50", "--out", str(args.runs / "ablations" / "encoded")),
+        *("--batch-size", "50", "--out", str(args.runs / "ablations" / "encoded")),
     ]
     subprocess.run([sys.executable, *encode], check=True)
     reports: dict[str, list[dict]] = {}

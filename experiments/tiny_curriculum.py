@@ -68,7 +68,7 @@ def list_stages(runs: Path, part: float = 1.0, joint_steps: int = 3500) -> tuple
         options = f"--weights {runs / 'encoders'} --out {runs / out} --resolution 64"
         return (
             f"-m kontext_jax.data.encode {' '.join(sources)} {options} --dtype float32 "
-            "--batch_size 50 -q"
+            "--batch-size 50 -q"
         )
 
     pictures = (
@@ -146,7 +146,7 @@ def list_stages(runs: Path, part: float = 1.0, joint_steps: int = 3500) -> tuple
             "guided",
             f"-m kontext_jax.data.synthesize --model {runs / 'final'} --cache {runs / 'encoded'} "
             f"--out {runs / 'guided'} --guidance 2.5 --limit {count(6000, 64)} --dtype float32 "
-            "--batch_size 48 -q",
+            "--batch-size 48 -q",
             ("encoded", "final"),
         ),
         Stage(

@@ -170,6 +170,7 @@ def option(
     factory: Callable[[], Any] | None = None,
     acts_with: tuple[Any, ...],
     otherwise: str = IDLE,
+    help: str = "",
 ) -> Any:
     """A field of a dataclass that acts only where another setting has certain values.
 
@@ -180,9 +181,10 @@ def option(
       otherwise: message of `check_acting`, with {name}, {value} and {default} of the field,
         {setting}, {other} and {wanted} for the other setting, its value and the values with which
         the field acts; {names}, where it stands, are all fields that the message is right for.
+      help: text for `--help`, where the field is an option of a command.
     """
     conditions = acts_with if isinstance(acts_with[0], tuple) else (acts_with,)
-    metadata = {"acts_with": conditions, "otherwise": otherwise}
+    metadata = {"acts_with": conditions, "otherwise": otherwise, "help": help}
     if factory is not None:
         return dataclasses.field(default_factory=factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

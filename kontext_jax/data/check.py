@@ -1,7 +1,7 @@
 """Looks at a data set before any device time: `python -m kontext_jax.data.check PATH …`.
 
-    python -m kontext_jax.data.check DIR --batch_size 64
-    python -m kontext_jax.data.check DIR a.tar --fraction_with_references 0.8 --json
+    python -m kontext_jax.data.check DIR --batch-size 64
+    python -m kontext_jax.data.check DIR a.tar --fraction-with-references 0.8 --json
 
 Options are the fields of DataConfig. Every picture is decoded (--quick reads headers alone).
 Exits with 1 when a sample is bad or an id occurs twice, and lists them; with 2 when the data cannot
@@ -22,7 +22,7 @@ from kontext_jax.data.config import DataConfig
 from kontext_jax.data.dataset import Dataset, is_bad, open_dataset
 from kontext_jax.data.filters import FilterError
 from kontext_jax.data.sources.folder import FolderSource
-from kontext_jax.terminal import did_you_mean
+from kontext_jax.terminal import Parser, did_you_mean
 
 _TITLE = "target ← references"
 _BAR = 24  # characters of the longest bar
@@ -76,13 +76,14 @@ def parse_arguments(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
+        underscores=True,
         prog="python -m kontext_jax.data.check",
         description=__doc__.split(":")[0],
         allow_abbrev=False,
     )
     parser.add_argument("sources", nargs="+", metavar="PATH", help="folders or files of examples")
-    parser.add_argument("--batch_size", type=int, default=1, help="examples of a global batch")
+    parser.add_argument("--batch-size", type=int, default=1, help="examples of a global batch")
     parser.add_argument("--quick", action="store_true", help="read the headers of pictures alone")
     parser.add_argument("--all", action="store_true", help="list every bad sample")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -91,34 +92,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def add_options(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
-    """Adds fields of DataConfig as options, with what its docstring says of them."""
-    described = _descriptions()
+    """Adds fields of DataConfig as options, with the help that they carry."""
     for name in names:
-        default = DataConfig.__dataclass_fields__[name].default
+        field = DataConfig.__dataclass_fields__[name]
+        default = field.default
         kind: dict[str, Any] = {"type": type(default), "default": default}
         if isinstance(default, bool):
             kind = {"action": "store_true"}
         elif isinstance(default, tuple):
             number = float if name == "weights" else str
             kind = {"type": number, "nargs": "*", "action": _Tuple, "default": ()}
-        parser.add_argument(f"--{name}", help=described[name], **kind)
+        help_text = field.metadata["help"].replace("%", "%%")
+        parser.add_argument(f"--{name.replace('_', '-')}", help=help_text, **kind)
 
 
 class _Tuple(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, tuple(values))
-
-
-def _descriptions() -> dict[str, str]:
-    """What DataConfig's docstring says of each field."""
-    described, name = {}, ""
-    for line in DataConfig.__doc__.partition("Attributes:\n")[2].splitlines():
-        if line.startswith(" " * 6) and not line.startswith(" " * 7) and ":" in line:
-            name, _, text = line.strip().partition(": ")
-            described[name] = text
-        elif name:
-            described[name] += " " + line.strip()
-    return {name: text.strip().replace("%", "%%") for name, text in described.items()}
 
 
 def make_report(dataset: Dataset, batch_size: int) -> dict[str, Any]:

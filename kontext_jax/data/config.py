@@ -10,10 +10,15 @@ from kontext_jax.pictures import latents
 ON_BAD_SAMPLE = ("skip", "stop")
 
 
-def _of_pictures(default: Any) -> Any:
+def _field(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def _of_pictures(default: Any, help: str) -> Any:
     """An option that acts on pictures and texts, not on examples that are encoded already."""
     return option(
         default,
+        help=help,
         acts_with=("cache", ""),
         otherwise="data.cache {other} holds examples that are already cut and encoded, so {names} "
         "cannot apply; drop one or the other",
@@ -22,76 +27,115 @@ def _of_pictures(default: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where examples come from and how they become batches.
+    """Where examples come from and how they become batches; each field says itself what it is."""
 
-    Attributes:
-      sources: folders or files, local or gs://. A folder with metadata.jsonl or metadata.csv beside
-        its pictures, parquet files, WebDataset tars, or ArrayRecord files of `write_array_record`;
-        or pictures without files, scenes:WORLD:SPLIT:COUNT (see `scene_source`) and
-        photos:WHAT:SPLIT:COUNT (see `photo_source`).
-      weights: how often an epoch shows each example of each source, one number per source; () is
-        once each. 2.0 shows all twice, 0.5 another half every epoch.
-      target_column: column (or member of a tar, without its file type) of the picture to be made;
-        "" to find it among the usual names. So are the next two.
-      context_columns: columns of the references, in order; each may hold a list.
-      text_column: column of the instruction or caption.
-      id_column: column of the sample's id; "" for its file name or its place in the file.
-      resolution: side in pixels of the square whose area the 17 preferred sizes are scaled to.
-      buckets: "WxH" sizes in pixels, multiples of 16, instead of the preferred ones.
-      random_crop: crop at a random place, the same for target and references, not in the middle.
-      flip: mirror half of the examples, target and references alike, unless the text names a side.
-      fraction_with_references: part of the steps that take examples with references; the others
-        take examples without.
-      reference_dropout: part of the steps with references that go without them.
-      on_bad_sample: "skip" and count a sample that is unreadable, incomplete, has no text, or
-        mismatched pictures, or "stop" at it.
-      largest_aspect_mismatch: largest ratio of the aspect ratios of target and reference, such as
-        1.1; 0 for any.
-      filter_function: "package.module:function" that decides on each sample; see `filters`.
-      filter_command: command that decides on each sample instead; see `filters`.
-      verify: decode every picture while the index is made, not only its header.
-      index_dir: folder for the index; "" for the run's own.
-      threads: threads that read and decode, in each process or worker.
-      workers: processes that read and decode beside the training process; 0 for threads alone.
-      prefetch: batches to have ready.
-      cache: folder of encoded examples (kontext_jax.data.encode) instead of sources.
-      synthetic_cache: beside `cache`, a folder of examples whose targets are a model's own results
-        (kontext_jax.data.synthesize).
-      synthetic_share: part of the steps that take examples from there; each step is of one folder.
-    """
-
-    sources: tuple[str, ...] = _of_pictures(())
-    weights: tuple[float, ...] = _of_pictures(())
-    target_column: str = _of_pictures("")
-    context_columns: tuple[str, ...] = _of_pictures(())
-    text_column: str = _of_pictures("")
-    id_column: str = _of_pictures("")
-    resolution: int = _of_pictures(1024)
-    buckets: tuple[str, ...] = _of_pictures(())
-    random_crop: bool = _of_pictures(False)
-    flip: bool = _of_pictures(False)
-    fraction_with_references: float = 1.0
+    sources: tuple[str, ...] = _of_pictures(
+        (),
+        "folders or files, local or gs://. A folder with metadata.jsonl or metadata.csv beside its "
+        "pictures, parquet files, WebDataset tars, or ArrayRecord files of `write_array_record`; "
+        "or pictures without files, scenes:WORLD:SPLIT:COUNT (see kontext_jax.data.sources.drawn) "
+        "and photos:WHAT:SPLIT:COUNT (see kontext_jax.data.sources.crops)",
+    )
+    weights: tuple[float, ...] = _of_pictures(
+        (),
+        "how often an epoch shows each example of each source, one number per source; () is once "
+        "each. 2.0 shows all twice, 0.5 another half every epoch",
+    )
+    target_column: str = _of_pictures(
+        "",
+        'column (or member of a tar, without its file type) of the picture to be made; "" to find '
+        "it among the usual names",
+    )
+    context_columns: tuple[str, ...] = _of_pictures(
+        (),
+        "columns of the references, in order; each may hold a list; () to find them",
+    )
+    text_column: str = _of_pictures(
+        "",
+        'column of the instruction or caption; "" to find it',
+    )
+    id_column: str = _of_pictures(
+        "",
+        'column of the ids; "" for the name of the file, or the place in it',
+    )
+    resolution: int = _of_pictures(
+        1024,
+        "side in pixels of the square whose area the 17 preferred sizes are scaled to",
+    )
+    buckets: tuple[str, ...] = _of_pictures(
+        (),
+        '"WxH" sizes in pixels, multiples of 16, instead of the preferred ones',
+    )
+    random_crop: bool = _of_pictures(
+        False,
+        "crop at a random place, the same for target and references, not in the middle",
+    )
+    flip: bool = _of_pictures(
+        False,
+        "mirror half of the examples, target and references alike, unless the text names a side",
+    )
+    fraction_with_references: float = _field(
+        1.0,
+        "part of the steps that take examples with references; the others take examples without",
+    )
     reference_dropout: float = option(
         0.0,
         acts_with=("fraction_with_references",),
         otherwise="{name} {value:g} has nothing to act on, since data.fraction_with_references is "
         "0; drop one",
+        help="part of the steps with references that go without them",
     )
-    on_bad_sample: str = _of_pictures("skip")
-    largest_aspect_mismatch: float = _of_pictures(0.0)
-    filter_function: str = _of_pictures("")
-    filter_command: str = _of_pictures("")
-    verify: bool = _of_pictures(False)
-    index_dir: str = _of_pictures("")
-    threads: int = 8
-    workers: int = _of_pictures(0)
-    prefetch: int = 4
-    cache: str = ""
-    synthetic_cache: str = ""
+    on_bad_sample: str = _of_pictures(
+        "skip",
+        '"skip" and count a sample that is unreadable, incomplete, has no text, or mismatched '
+        'pictures, or "stop" at it',
+    )
+    largest_aspect_mismatch: float = _of_pictures(
+        0.0,
+        "largest ratio of the aspect ratios of target and reference, such as 1.1; 0 for any",
+    )
+    filter_function: str = _of_pictures(
+        "",
+        '"package.module:function" that decides on each sample; see `filters`',
+    )
+    filter_command: str = _of_pictures(
+        "",
+        "command that decides on each sample instead; see `filters`",
+    )
+    verify: bool = _of_pictures(
+        False,
+        "decode every picture while the index is made, not only its header",
+    )
+    index_dir: str = _of_pictures(
+        "",
+        'folder for the index; "" for the one of the run',
+    )
+    threads: int = _field(
+        8,
+        "threads that read and decode, in each process or worker",
+    )
+    workers: int = _of_pictures(
+        0,
+        "processes that read and decode beside the training process; 0 for threads alone",
+    )
+    prefetch: int = _field(
+        4,
+        "batches to have ready",
+    )
+    cache: str = _field(
+        "",
+        "folder of encoded examples (kontext_jax.data.encode) instead of sources",
+    )
+    synthetic_cache: str = _field(
+        "",
+        "beside `cache`, a folder of examples whose targets are a model's own results "
+        "(kontext_jax.data.synthesize)",
+    )
     synthetic_share: float = option(
         0.5,
         acts_with=("synthetic_cache",),
         otherwise="{name} is {value:g}, but there is no data.synthetic_cache",
+        help="part of the steps that take examples from there; each step is of one folder",
     )
 
     def check(self) -> None:

@@ -1,6 +1,6 @@
-"""Batches of pictures from disk: the plan says which, grain reads and decodes them ahead.
+"""Batches of pictures from disk: the order says which, grain reads and decodes them ahead.
 
-The position in the data is the number of the next step and nothing else, since the plan is a
+The position in the data is the number of the next step and nothing else, since the order is a
 function of it: grain's own state, which depends on the number of workers, is not kept. Each process
 reads its rows of the global batch alone.
 """
@@ -17,7 +17,7 @@ from absl import flags
 from kontext_jax.batches import ImageBatch
 from kontext_jax.data.config import DataConfig
 from kontext_jax.data.dataset import Dataset, is_bad, open_dataset
-from kontext_jax.data.order import Plan, PlannedBatch, resumed_step, sample_places
+from kontext_jax.data.order import Order, PlannedBatch, resumed_step, sample_places
 from kontext_jax.data.sources.examples import BadSample, Example
 from kontext_jax.data.transforms import fit_pictures, names_a_side
 from kontext_jax.pictures.files import quiet_pillow
@@ -67,7 +67,7 @@ def make_loader(
         barrier=barrier,
         tell=tell,
     )
-    plan = Plan(
+    order = Order(
         dataset.kind_of,
         dataset.kinds,
         batch_size=batch_size,
@@ -77,7 +77,9 @@ def make_loader(
         repeats=dataset.repeats,
     )
     rows = batch_size // process_count
-    reader = _Reader(dataset, plan, config, range(process_index * rows, (process_index + 1) * rows))
+    reader = _Reader(
+        dataset, order, config, range(process_index * rows, (process_index + 1) * rows)
+    )
     return Loader(reader, config, tell)
 
 
@@ -87,8 +89,8 @@ class _Reader:
     What grain calls a data source; workers get a copy.
     """
 
-    def __init__(self, dataset: Dataset, plan: Plan, config: DataConfig, rows: range):
-        self.dataset, self.plan, self.config, self.rows = dataset, plan, config, rows
+    def __init__(self, dataset: Dataset, order: Order, config: DataConfig, rows: range):
+        self.dataset, self.order, self.config, self.rows = dataset, order, config, rows
         quiet_pillow()
 
     def __setstate__(self, state: dict) -> None:
@@ -101,9 +103,9 @@ class _Reader:
     def __getitem__(self, number: int) -> dict[str, Any]:
         step, place = divmod(number, len(self.rows))
         row = self.rows[place]
-        batch = self.plan.batch(step)
+        batch = self.order.batch(step)
         example, pictures, notes = self._read(batch, row)
-        x, y, coin = sample_places(self.plan.seed, step, row)
+        x, y, coin = sample_places(self.order.seed, step, row)
         mirrored = self.config.flip and coin < 0.5
         if mirrored and names_a_side(example.text):
             mirrored = False
@@ -132,7 +134,7 @@ class _Reader:
                         error.reason, f'{error}. Mend it, or set data.on_bad_sample to "skip"'
                     ) from None
                 notes.append((f"skipped: {error.reason}", str(error)))
-            number = self.plan.replacement(batch.kind_index, planned, len(notes))
+            number = self.order.replacement(batch.kind_index, planned, len(notes))
             if number is None:
                 raise BadSample(
                     "unreadable kind",
@@ -146,12 +148,12 @@ class Loader:
     Attributes:
       counts: of samples that are not used, by reason, and of what happened since the start of this
         process to the samples that it read.
-      plan: the global batches.
+      order: the global batches.
       dataset: the examples.
     """
 
     def __init__(self, reader: _Reader, config: DataConfig, tell: Callable[[str], None]):
-        self.plan, self.dataset = reader.plan, reader.dataset
+        self.order, self.dataset = reader.order, reader.dataset
         self.counts = collections.Counter(
             {
                 f"skipped: {reason}" if is_bad(reason) else reason: len(found)
@@ -161,10 +163,10 @@ class Loader:
         self._reader, self._config, self._tell = reader, config, tell
         self._step, self._rows = 0, None
         self._facts = {
-            "batch_size": self.plan.batch_size,
-            "seed": self.plan.seed,
-            "fraction_with_references": self.plan.fraction_with_references,
-            "reference_dropout": self.plan.reference_dropout,
+            "batch_size": self.order.batch_size,
+            "seed": self.order.seed,
+            "fraction_with_references": self.order.fraction_with_references,
+            "reference_dropout": self.order.reference_dropout,
             "random_crop": config.random_crop,
             "flip": config.flip,
             "examples": self.dataset.fingerprint(),

@@ -8,8 +8,8 @@ two a step takes is drawn from (seed, step). As any step can be asked for, resum
 alone, and processes agree without a word.
 """
 
-import collections
 import dataclasses
+import functools
 import hashlib
 import itertools
 import threading
@@ -21,6 +21,10 @@ import numpy as np
 from kontext_jax.data.buckets import Kind
 
 _BLOCK = 1 << 16  # steps whose draws are made together
+_CACHES = (
+    *("_lock", "_shuffled", "_epoch_batches", "_batches_before", "_block_draws"),
+    *("_last_epoch", "_draws_before"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +39,8 @@ class PlannedBatch:
     references_dropped: bool
 
 
-class Plan:
-    """The global batches of a run.
+class Order:
+    """The global batches of a run, in order.
 
     Args:
       kind_of: int [N], index into `kinds` of every example; -1 leaves it out.
@@ -73,7 +77,8 @@ class Plan:
         self._members = [order[a:b] for a, b in itertools.pairwise(bounds)]
         repeats = np.ones(len(kind_of)) if repeats is None else np.asarray(repeats, float)
         self._repeats = [repeats[members] for members in self._members]
-        # Where a repeat is not whole, this spreads who comes in which epoch.
+        # Fractional repeats (0.5, 1.5): a random phase per example decides in which epochs the
+        # extra copy comes.
         self._offsets = [
             _random_order(len(m), seed, "offset", str(kind)) / max(1, len(m))
             for m, kind in zip(self._members, self.kinds, strict=True)
@@ -96,14 +101,17 @@ class Plan:
 
     def _start_caches(self) -> None:
         self._lock = threading.RLock()
-        self._orders = _Recent(2 * len(self.kinds))
-        self._epochs = _Recent(4)
-        self._draws = _Recent(4)
+        # Kept in each object, and not copied with it.
+        self._shuffled = functools.lru_cache(2 * len(self.kinds))(self._shuffle)
+        self._epoch_batches = functools.lru_cache(4)(self._draw_epoch)
+        self._batches_before = functools.lru_cache(64)(self._count_batches_before)
+        self._block_draws = functools.lru_cache(4)(self._draw_block)
+        self._last_epoch = {False: 0, True: 0}
         self._draws_before = [0]  # steps with references before block i
 
     def __getstate__(self) -> dict:
         state = self.__dict__.copy()
-        for name in ("_lock", "_orders", "_epochs", "_draws", "_draws_before"):
+        for name in _CACHES:
             del state[name]
         return state
 
@@ -147,12 +155,10 @@ class Plan:
         before = self._draws_before[block] + int(draws[:place].sum())
         return with_references, before if with_references else step - before
 
-    def _block_draws(self, block: int) -> np.ndarray:
-        def draw():
-            uniform = (_raw(_BLOCK, self.seed, "references", block) >> np.uint64(11)) * 2.0**-53
-            return uniform < self.fraction_with_references
-
-        return self._draws.get(block, draw)
+    def _draw_block(self, block: int) -> np.ndarray:
+        """Which steps of a block take references: bool [_BLOCK]."""
+        uniform = (_raw(_BLOCK, self.seed, "references", block) >> np.uint64(11)) * 2.0**-53
+        return uniform < self.fraction_with_references
 
     # Epochs.
 
@@ -163,7 +169,7 @@ class Plan:
     def _length_before(self, k: int, epoch: int) -> int:
         return int(self._shown_before(k, epoch).sum())
 
-    def _batches_before(self, with_references: bool, epoch: int) -> int:
+    def _count_batches_before(self, with_references: bool, epoch: int) -> int:
         """Batches of a group that are completed before an epoch begins."""
         return sum(
             self._length_before(k, epoch) // self.batch_size for k in self._groups[with_references]
@@ -171,8 +177,10 @@ class Plan:
 
     def _epoch_of(self, with_references: bool, ordinal: int) -> tuple[int, int]:
         """The epoch that completes the `ordinal`-th batch of a group, and its place there."""
-        for (group, epoch), (before, batches) in self._epochs.items():
-            if group == with_references and before <= ordinal < before + len(batches):
+        for epoch in (self._last_epoch[with_references], self._last_epoch[with_references] + 1):
+            before = self._batches_before(with_references, epoch)
+            if before <= ordinal < self._batches_before(with_references, epoch + 1):
+                self._last_epoch[with_references] = epoch
                 return epoch, ordinal - before
         high = 1
         while self._batches_before(with_references, high) <= ordinal:
@@ -184,32 +192,24 @@ class Plan:
                 low = middle
             else:
                 high = middle
+        self._last_epoch[with_references] = low
         return low, ordinal - self._batches_before(with_references, low)
 
-    def _epoch_batches(self, with_references: bool, epoch: int) -> np.ndarray:
+    def _draw_epoch(self, with_references: bool, epoch: int) -> np.ndarray:
         """(kind, number of its batch) of every batch of an epoch, in order: int64 [batches, 2]."""
+        rows = []
+        for k in self._groups[with_references]:
+            first = self._length_before(k, epoch) // self.batch_size
+            last = self._length_before(k, epoch + 1) // self.batch_size
+            rows.append(np.stack([np.full(last - first, k), np.arange(first, last)], axis=1))
+        rows = np.concatenate(rows)
+        return rows[_random_order(len(rows), self.seed, "batches", with_references, epoch)]
 
-        def make():
-            rows = []
-            for k in self._groups[with_references]:
-                first = self._length_before(k, epoch) // self.batch_size
-                last = self._length_before(k, epoch + 1) // self.batch_size
-                rows.append(np.stack([np.full(last - first, k), np.arange(first, last)], axis=1))
-            rows = np.concatenate(rows)
-            rows = rows[_random_order(len(rows), self.seed, "batches", with_references, epoch)]
-            return self._batches_before(with_references, epoch), rows
-
-        return self._epochs.get((with_references, epoch), make)[1]
-
-    def _order(self, k: int, epoch: int) -> np.ndarray:
+    def _shuffle(self, k: int, epoch: int) -> np.ndarray:
         """Examples of a kind in the order of an epoch."""
-
-        def make():
-            counts = self._shown_before(k, epoch + 1) - self._shown_before(k, epoch)
-            shown = np.repeat(self._members[k], counts)
-            return shown[_random_order(len(shown), self.seed, "order", str(self.kinds[k]), epoch)]
-
-        return self._orders.get((k, epoch), make)
+        counts = self._shown_before(k, epoch + 1) - self._shown_before(k, epoch)
+        shown = np.repeat(self._members[k], counts)
+        return shown[_random_order(len(shown), self.seed, "order", str(self.kinds[k]), epoch)]
 
     def _sequence(self, k: int, start: int, epoch: int) -> np.ndarray:
         """B examples of a kind's endless sequence from position `start`, complete in `epoch`."""
@@ -218,30 +218,11 @@ class Plan:
         parts, missing = [], self.batch_size
         skip = start - self._length_before(k, epoch)
         while missing:
-            part = self._order(k, epoch)[skip : skip + missing]
+            part = self._shuffled(k, epoch)[skip : skip + missing]
             parts.append(part)
             missing -= len(part)
             skip, epoch = 0, epoch + 1
         return np.concatenate(parts)
-
-
-class _Recent:
-    """The values that were asked for last."""
-
-    def __init__(self, size: int):
-        self._size = size
-        self._values = collections.OrderedDict()
-
-    def get(self, key, make):
-        if key not in self._values:
-            self._values[key] = make()
-            if len(self._values) > self._size:
-                self._values.popitem(last=False)
-        self._values.move_to_end(key)
-        return self._values[key]
-
-    def items(self):
-        return self._values.items()
 
 
 def _raw(count: int, *words) -> np.ndarray:

@@ -6,7 +6,6 @@ Pictures stay encoded as they are. Samples that cannot be read are left out and 
 that do not fit into memory want this: a row of theirs cannot be read alone.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator
@@ -15,11 +14,13 @@ from kontext_jax.data.check import parse_arguments
 from kontext_jax.data.sources.array_record import write_array_record
 from kontext_jax.data.sources.examples import BadSample, ColumnNames, Example, Source
 from kontext_jax.data.sources.open import open_sources
+from kontext_jax.terminal import Parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Writes the files; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
+        underscores=True,
         prog="python -m kontext_jax.data.pack",
         description=__doc__.split("\n")[0],
         allow_abbrev=False,
@@ -28,11 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", required=True, help="folder for the files; made if it is not there"
     )
-    parser.add_argument("--per_file", type=int, default=4096, help="samples of a file")
-    parser.add_argument("--target_column", default="")
-    parser.add_argument("--context_columns", nargs="*", default=())
-    parser.add_argument("--text_column", default="")
-    parser.add_argument("--id_column", default="")
+    parser.add_argument("--per-file", type=int, default=4096, help="samples of a file")
+    parser.add_argument("--target-column", default="")
+    parser.add_argument("--context-columns", nargs="*", default=())
+    parser.add_argument("--text-column", default="")
+    parser.add_argument("--id-column", default="")
     args = parse_arguments(parser, arguments)
     columns = ColumnNames(
         args.target_column, tuple(args.context_columns), args.text_column, args.id_column

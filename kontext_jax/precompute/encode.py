@@ -7,7 +7,7 @@
 
 Writes latents and text features as ArrayRecord. A run that was interrupted goes on by the same
 command, and one over more data adds what is new. Several machines share the work when each is given
-its --process_index of --process_count and all the same DIR.
+its --process-index of --process-count and all the same DIR.
 
 Space at 1024²: 0.5 MB in bfloat16 for each target and each reference, and 4.2 MB for each different
 prompt of 512 tokens, all of which FLUX attends to.
@@ -27,7 +27,7 @@ from kontext_jax.data.check import add_options, parse_arguments
 from kontext_jax.data.config import DataConfig
 from kontext_jax.data.dataset import open_dataset
 from kontext_jax.data.encoded import folder as encoded_folder
-from kontext_jax.data.encoded.records import ShardWriter, facts_hash, lock_part
+from kontext_jax.data.encoded.records import ShardWriter, UnwritableError, facts_hash, lock_part
 from kontext_jax.data.filters import FilterError
 from kontext_jax.precompute.encoding import Encoding, Networks, check_room
 from kontext_jax.precompute.jobs import (
@@ -37,7 +37,7 @@ from kontext_jax.precompute.jobs import (
     list_jobs,
     read_stored,
 )
-from kontext_jax.terminal import size_text
+from kontext_jax.terminal import Parser, size_text
 from kontext_jax.types import DTYPES
 from kontext_jax.weights.bundle import ModelBundle
 from kontext_jax.weights.encoders import encoder_facts
@@ -51,7 +51,8 @@ DATA_OPTIONS = (
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
+        underscores=True,
         prog="python -m kontext_jax.data.encode",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -61,10 +62,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, metavar="DIR", help="made if it is not there")
     parser.add_argument("--weights", metavar="PATH", help="with text encoders and autoencoder")
     parser.add_argument(
-        "--autoencoder_weights", metavar="PATH", help="another autoencoder than that of --weights"
+        "--autoencoder-weights", metavar="PATH", help="another autoencoder than that of --weights"
     )
     parser.add_argument("--model", metavar="NAME", help="untrained: no --weights, to try it out")
-    parser.add_argument("--max_text_tokens", type=int, help="of T5; default: what the model takes")
+    parser.add_argument("--max-text-tokens", type=int, help="of T5; default: what the model takes")
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
@@ -72,23 +73,26 @@ def make_parser() -> argparse.ArgumentParser:
         help="in which to compute and to store (default bfloat16)",
     )
     parser.add_argument("--variants", type=int, default=1, help="crops of each sample to store")
-    parser.add_argument("--batch_size", type=int, default=8, help="pictures encoded at once")
-    parser.add_argument("--process_index", type=int, default=0, help="this one, from 0")
-    parser.add_argument("--process_count", type=int, default=1, help="that share the samples")
-    parser.add_argument("--shard_kb", type=int, default=512_000, help="size of a file, in kB")
+    parser.add_argument("--batch-size", type=int, default=8, help="pictures encoded at once")
+    parser.add_argument("--process-index", type=int, default=0, help="this one, from 0")
+    parser.add_argument("--process-count", type=int, default=1, help="that share the samples")
+    parser.add_argument("--shard-kb", type=int, default=512_000, help="size of a file, in kB")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     add_options(parser, DATA_OPTIONS)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Encodes what is missing in DIR; returns the exit status."""
+    """Encodes what is missing in DIR; returns the status: 1 failed, 2 bad input."""
     args = parse_arguments(make_parser(), arguments)
     try:
         encode(args)
-    except (ValueError, OSError, FloatingPointError, FilterError) as error:
+    except (UnwritableError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except (ValueError, OSError, FilterError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on after the last whole file", file=sys.stderr)
         return 130

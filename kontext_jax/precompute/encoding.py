@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kontext_jax.data.buckets import Kind
 from kontext_jax.data.dataset import Dataset
-from kontext_jax.data.encoded.records import CacheError, SampleEntry, ShardWriter, prompt_key
+from kontext_jax.data.encoded.records import SampleEntry, ShardWriter, UnwritableError, prompt_key
 from kontext_jax.data.sources.examples import BadSample
 from kontext_jax.models.conditioning import Encoders, encode_pictures, encode_prompts, make_encoders
 from kontext_jax.models.tokenizing import Tokenizers
@@ -192,7 +192,7 @@ class Encoding:
     def _skip(self, error: BadSample, num_variants: int) -> None:
         if self._stop_at_bad:
             raise BadSample(
-                error.reason, f"{error}. Mend it, or let it be skipped (--on_bad_sample skip)"
+                error.reason, f"{error}. Mend it, or let it be skipped (--on-bad-sample skip)"
             )
         self.counts[error.reason] += num_variants
         if self.counts[error.reason] <= _TOLD * num_variants:
@@ -245,10 +245,10 @@ def _finite(x: jax.Array, names: Sequence[str]) -> np.ndarray:
 
 
 def check_room(directory: Path, needed: int, what: str) -> int:
-    """Free bytes of the disk; raises CacheError if they are fewer than `needed`."""
+    """Free bytes of the disk; raises UnwritableError if they are fewer than `needed`."""
     free = shutil.disk_usage(directory).free
     if free < needed:
-        raise CacheError(
+        raise UnwritableError(
             f"{directory} has {size_text(free)} free, but {what} {size_text(needed)}; make room or "
             "name another --out. What finished shards hold is kept"
         )

@@ -31,7 +31,7 @@ class Cutting:
             raise ValueError(f"variants is {self.variants}; expected at least 1")
         if self.variants > 1 and not (self.random_crop or self.flip):
             raise ValueError(
-                f"{self.variants} variants would all be the same; add --random_crop or --flip, or "
+                f"{self.variants} variants would all be the same; add --random-crop or --flip, or "
                 "leave out --variants"
             )
 
@@ -138,7 +138,7 @@ def _check_unique(dataset: Dataset, numbers: np.ndarray) -> None:
         raise ValueError(
             f"{int((counts - 1).sum())} samples have an id that another one has too, such as "
             f"{dataset.name(int(twice[0]))}; records are found by their id, so name a column of "
-            "unique ones with --id_column (python -m kontext_jax.data.check lists all)"
+            "unique ones with --id-column (python -m kontext_jax.data.check lists all)"
         )
 
 

@@ -10,7 +10,7 @@ data.cache, or beside real examples as data.synthetic_cache. The model is a weig
 training run (the average of its parameters) or published weights; one without an input for guidance
 is guided by two passes. A run that was interrupted goes on by the same command, and one with a
 larger --limit or --variants adds what is missing. All devices of a process share its batches, and
-several machines the examples, when each is given its --process_index of --process_count and all the
+several machines the examples, when each is given its --process-index of --process-count and all the
 same DIR.
 """
 
@@ -25,7 +25,7 @@ import numpy as np
 from kontext_jax.data.check import parse_arguments
 from kontext_jax.data.encoded import folder as encoded_folder
 from kontext_jax.data.encoded.batches import EncodedCache
-from kontext_jax.data.encoded.records import ShardWriter, facts_hash, lock_part
+from kontext_jax.data.encoded.records import ShardWriter, UnwritableError, facts_hash, lock_part
 from kontext_jax.data.index import hash_id
 from kontext_jax.models.conditioning import ENCODER_KINDS
 from kontext_jax.numerics import DIFFUSERS
@@ -42,7 +42,7 @@ from kontext_jax.precompute.synthesis import (
 )
 from kontext_jax.runtime.placement import parse_mesh, sampling_mesh
 from kontext_jax.sampling.stages import Stages
-from kontext_jax.terminal import size_text
+from kontext_jax.terminal import Parser, size_text
 from kontext_jax.types import DTYPES
 from kontext_jax.weights.bundle import ModelBundle
 from kontext_jax.weights.encoders import encoder_facts
@@ -51,7 +51,8 @@ DEFAULT_GUIDANCE = 2.5
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
+        underscores=True,
         prog="python -m kontext_jax.data.synthesize",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -73,25 +74,28 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     parser.add_argument("--variants", type=int, default=1, help="results of each example")
     parser.add_argument("--limit", type=int, help="examples to make, of all processes together")
-    parser.add_argument("--batch_size", type=int, default=8, help="results made at once")
+    parser.add_argument("--batch-size", type=int, default=8, help="results made at once")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="in which to compute")
     parser.add_argument("--mesh", help="sizes such as tensor=4; default: all devices, over data")
-    parser.add_argument("--process_index", type=int, default=0, help="this one, from 0")
-    parser.add_argument("--process_count", type=int, default=1, help="that share the examples")
-    parser.add_argument("--shard_kb", type=int, default=512_000, help="size of a file, in kB")
+    parser.add_argument("--process-index", type=int, default=0, help="this one, from 0")
+    parser.add_argument("--process-count", type=int, default=1, help="that share the examples")
+    parser.add_argument("--shard-kb", type=int, default=512_000, help="size of a file, in kB")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Makes what is missing in DIR; returns the exit status."""
+    """Makes what is missing in DIR; returns the status: 1 failed, 2 bad input."""
     args = parse_arguments(make_parser(), arguments)
     try:
         _check(args)
         synthesize(args)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (UnwritableError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on after the last whole file", file=sys.stderr)
         return 130
@@ -102,7 +106,8 @@ def _check(args: argparse.Namespace) -> None:
     encoded_folder.check_share(args.process_index, args.process_count)
     for name in ("steps", "variants", "limit", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}; expected at least 1")
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} is {getattr(args, name)}; expected at least 1")
     if (args.size is None) != (args.prompts is None):
         raise ValueError("--size goes with --prompts: encoded examples have sizes of their own")
 

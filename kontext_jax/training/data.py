@@ -89,8 +89,8 @@ def _open(
         barrier=lambda: from_all(""),
         tell=reading.tell,
     )
-    plan = loader.plan
-    per_epoch = sum(plan.examples_per_epoch(k) for k in range(len(plan.kinds)))
+    order = loader.order
+    per_epoch = sum(order.examples_per_epoch(k) for k in range(len(order.kinds)))
     return OpenData(loader, per_epoch, None)
 
 

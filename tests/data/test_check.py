@@ -97,5 +97,5 @@ def test_options_are_described_by_the_config(capsys):
         check.main(["--help"])
     out = " ".join(capsys.readouterr().out.split())
     for option in check._options():
-        assert f"--{option.name} " in out
+        assert f"--{option.name.replace('_', '-')} " in out
     assert "largest ratio of the aspect ratios of target and reference" in out

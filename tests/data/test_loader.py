@@ -6,7 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import WRITERS, pairs, picture, png, write_folder, write_parquet, write_tars
+from data_helpers import (
+    WRITERS,
+    broken_folder,
+    pairs,
+    picture,
+    png,
+    write_folder,
+    write_parquet,
+    write_tars,
+)
 
 from kontext_jax.data.config import DataConfig
 from kontext_jax.data.dataset import open_dataset
@@ -236,7 +245,7 @@ def test_several_sources_are_mixed_by_weight(tmp_path, folder):
     other = write_tars(tmp_path / "other", pairs(10))
     third = write_parquet(tmp_path / "third", pairs(10))
     batches = loader(folder, other, third, batch_size=1, weights=(0.5, 2, 1))
-    steps = next(step for step in range(100) if batches.plan.batch(step).epoch)
+    steps = next(step for step in range(100) if batches.order.batch(step).epoch)
     ids = [batch.ids[0] for batch in take(batches, steps)]
     assert sum(name.startswith("other/") for name in ids) == 20
     assert sum(name.startswith("third/") for name in ids) == 10

@@ -1,4 +1,4 @@
-"""The plan of batches: nothing lost, nothing twice, any step again, whoever asks."""
+"""The order of batches: nothing lost, nothing twice, any step again, whoever asks."""
 
 import collections
 import itertools
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kontext_jax.data.buckets import Kind
-from kontext_jax.data.order import Plan, sample_places
+from kontext_jax.data.order import Order, sample_places
 
 PAIR, OTHER_PAIR = Kind((64, 64), ((64, 64),)), Kind((96, 32), ((64, 64),))
 CAPTION, WIDE_CAPTION = Kind((64, 64)), Kind((96, 32))
@@ -27,9 +27,9 @@ def kind_of(counts) -> np.ndarray:
     return np.where(np.arange(len(numbers)) % 7 == 6, -1, numbers)
 
 
-def make_plan(kinds_of_examples, fraction=1.0, **options) -> Plan:
+def make_order(kinds_of_examples, fraction=1.0, **options) -> Order:
     options = {"batch_size": 4, "seed": 0} | options
-    return Plan(kinds_of_examples, KINDS, fraction_with_references=fraction, **options)
+    return Order(kinds_of_examples, KINDS, fraction_with_references=fraction, **options)
 
 
 @settings(max_examples=60)
@@ -41,10 +41,10 @@ def test_every_example_appears_once_an_epoch_counting_what_is_carried_over(
     examples = kind_of(counts)
     if not (examples >= 2).any():
         return
-    plan = make_plan(examples, batch_size=batch_size, seed=seed)
+    order = make_order(examples, batch_size=batch_size, seed=seed)
     shown, step = collections.Counter(), 0
     for epoch in range(epochs):
-        while (batch := plan.batch(step)).epoch == epoch:
+        while (batch := order.batch(step)).epoch == epoch:
             assert len(batch.examples) == batch_size
             assert (examples[batch.examples] == batch.kind_index).all()
             shown.update(batch.examples.tolist())
@@ -61,15 +61,15 @@ def test_every_example_appears_once_an_epoch_counting_what_is_carried_over(
 def test_any_step_is_the_same_again_in_any_order_and_in_another_process(
     seed, fraction, start, later
 ):
-    """A plan that starts at a step gives what one that came there gives."""
+    """An order that starts at a step gives what one that came there gives."""
     examples = kind_of((5, 9, 11, 2))
     arguments = {"seed": seed, "fraction": fraction, "reference_dropout": 0.3}
-    walked = make_plan(examples, **arguments)
+    walked = make_order(examples, **arguments)
     for step in range(start):
         walked.batch(step)
-    fresh, copied = make_plan(examples, **arguments), pickle.loads(pickle.dumps(walked))
+    fresh, copied = make_order(examples, **arguments), pickle.loads(pickle.dumps(walked))
     for ahead in later:
-        batches = [plan.batch(start + ahead) for plan in (walked, fresh, copied)]
+        batches = [order.batch(start + ahead) for order in (walked, fresh, copied)]
         assert len({(b.kind, b.epoch, b.references_dropped) for b in batches}) == 1
         assert len({tuple(b.examples) for b in batches}) == 1
 
@@ -78,39 +78,39 @@ def test_the_order_changes_with_epoch_and_seed():
     examples = kind_of((0, 0, 40, 0))
     per_epoch = (examples == 2).sum() // 4
 
-    def epoch(plan, number):
+    def epoch(order, number):
         steps = range(number * per_epoch, (number + 1) * per_epoch)
-        return {frozenset(plan.batch(step).examples.tolist()) for step in steps}
+        return {frozenset(order.batch(step).examples.tolist()) for step in steps}
 
-    plan = make_plan(examples)
-    assert epoch(plan, 0) != epoch(plan, 1)
-    assert epoch(plan, 0) != epoch(make_plan(examples, seed=1), 0)
-    assert epoch(plan, 0) == epoch(make_plan(examples), 0)
+    order = make_order(examples)
+    assert epoch(order, 0) != epoch(order, 1)
+    assert epoch(order, 0) != epoch(make_order(examples, seed=1), 0)
+    assert epoch(order, 0) == epoch(make_order(examples), 0)
 
 
 def test_the_mix_takes_the_batches_of_each_group_in_their_own_order(monkeypatch):
     """With references as if there were nothing else, and without likewise; over many blocks."""
     monkeypatch.setattr("kontext_jax.data.order._BLOCK", 16)
     examples = kind_of((9, 9, 9, 9))
-    mixed = [make_plan(examples, fraction=0.4).batch(step) for step in range(100)]
+    mixed = [make_order(examples, fraction=0.4).batch(step) for step in range(100)]
     for kinds, fraction in (((2, 3), 1.0), ((0, 1), 0.0)):
         found = [b.examples.tolist() for b in mixed if b.kind_index in kinds]
-        alone = make_plan(examples, fraction=fraction)
+        alone = make_order(examples, fraction=fraction)
         assert found == [alone.batch(step).examples.tolist() for step in range(len(found))]
 
 
 def test_kinds_alternate_within_an_epoch():
     """Batches of a bucket are not all at the front: shuffled, 20 and 20 make about 20 changes."""
-    plan = make_plan(np.repeat([2, 3], 80))
-    kinds = [plan.batch(step).kind_index for step in range(40)]
+    order = make_order(np.repeat([2, 3], 80))
+    kinds = [order.batch(step).kind_index for step in range(40)]
     changes = sum(a != b for a, b in itertools.pairwise(kinds))
     assert 8 <= changes <= 32
 
 
 def test_the_fraction_of_steps_with_references_is_as_asked():
     """2000 draws at 0.7: within five standard deviations, 0.05."""
-    plan = make_plan(kind_of((9, 9, 9, 9)), fraction=0.7, reference_dropout=0.2)
-    batches = [plan.batch(step) for step in range(2000)]
+    order = make_order(kind_of((9, 9, 9, 9)), fraction=0.7, reference_dropout=0.2)
+    batches = [order.batch(step) for step in range(2000)]
     with_references = [b for b in batches if KINDS[b.kind_index].contexts]
     assert abs(len(with_references) / 2000 - 0.7) < 0.05
     dropped = [b for b in with_references if b.references_dropped]
@@ -120,18 +120,18 @@ def test_the_fraction_of_steps_with_references_is_as_asked():
 
 
 def test_a_kind_with_one_example_fills_its_batch_over_epochs():
-    plan = make_plan(np.array([2] * 8 + [3]))
-    kinds = [plan.batch(step).kind_index for step in range(9)]  # four epochs
+    order = make_order(np.array([2] * 8 + [3]))
+    kinds = [order.batch(step).kind_index for step in range(9)]  # four epochs
     assert kinds.count(3) == 1
-    assert plan.batch(kinds.index(3)).examples.tolist() == [8] * 4
+    assert order.batch(kinds.index(3)).examples.tolist() == [8] * 4
 
 
 @pytest.mark.parametrize(("repeats", "shown"), [(2.0, 8), (0.5, 2), (1.25, 5), (0.1, 0.4)])
 def test_a_weight_is_how_often_an_epoch_shows_an_example(repeats, shown):
     """Over ten epochs within one of it for every example; within one for each epoch's total."""
-    plan = make_plan(np.full(4, 2), batch_size=1, repeats=np.full(4, repeats))
+    order = make_order(np.full(4, 2), batch_size=1, repeats=np.full(4, repeats))
     epochs, seen, step = collections.Counter(), collections.Counter(), 0
-    while (batch := plan.batch(step)).epoch < 10:
+    while (batch := order.batch(step)).epoch < 10:
         epochs[batch.epoch] += 1
         seen.update(batch.examples.tolist())
         step += 1
@@ -140,8 +140,8 @@ def test_a_weight_is_how_often_an_epoch_shows_an_example(repeats, shown):
 
 
 def test_whoever_stands_in_is_of_the_same_kind_and_everybody_is_asked():
-    plan = make_plan(np.array([2, 3, 2, -1, 2, 3]))
-    assert [plan.replacement(2, 2, attempt) for attempt in (1, 2, 3)] == [4, 0, None]
+    order = make_order(np.array([2, 3, 2, -1, 2, 3]))
+    assert [order.replacement(2, 2, attempt) for attempt in (1, 2, 3)] == [4, 0, None]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_whoever_stands_in_is_of_the_same_kind_and_everybody_is_asked():
 )
 def test_a_mix_that_the_data_cannot_give_is_refused(examples, fraction, message):
     with pytest.raises(ValueError, match=message):
-        make_plan(np.array(examples), fraction=fraction)
+        make_order(np.array(examples), fraction=fraction)
 
 
 def test_places_are_spread_and_belong_to_step_and_row():
@@ -167,8 +167,8 @@ def test_places_are_spread_and_belong_to_step_and_row():
 
 def test_the_order_is_pinned():
     """A run is resumed with another version of NumPy, or of this, in the same order."""
-    plan = make_plan(np.repeat([0, 2], 12), fraction=0.5)
-    found = [plan.batch(step).examples.tolist() for step in range(4)]
+    order = make_order(np.repeat([0, 2], 12), fraction=0.5)
+    found = [order.batch(step).examples.tolist() for step in range(4)]
     assert found == PINNED
 
 

@@ -162,7 +162,7 @@ def test_new_samples_are_added_and_changed_texts_refused(tmp_path, capsys):
     assert len(contents(out)) == 9 and set(records_of(out)[0].values()) == {1}
     metadata = folder / "metadata.jsonl"
     metadata.write_text(metadata.read_text().replace("number 5", "number five"))
-    assert run(folder, out) == 1
+    assert run(folder, out) == 2
     assert "target5.png had another text when it was encoded, now “number five”" in (
         capsys.readouterr().err
     )
@@ -173,7 +173,7 @@ def test_a_damaged_shard_is_made_again_when_it_is_removed(data, whole, tmp_path,
     assert run(data, tmp_path, *options) == 0
     first = shard_paths(tmp_path)[0][2]  # with texts that later samples share
     first.write_bytes(first.read_bytes()[:-500])
-    assert run(data, tmp_path, *options) == 1
+    assert run(data, tmp_path, *options) == 2
     assert f"{first}: damaged" in capsys.readouterr().err
     first.unlink()
     assert run(data, tmp_path, *options) == 0
@@ -191,8 +191,8 @@ def test_variants_are_other_crops_of_the_same_pair(data, tmp_path):
 
 
 def test_identical_variants_are_refused(data, tmp_path, capsys):
-    assert run(data, tmp_path, "--variants", 2) == 1
-    assert "2 variants would all be the same; add --random_crop or --flip" in (
+    assert run(data, tmp_path, "--variants", 2) == 2
+    assert "2 variants would all be the same; add --random-crop or --flip" in (
         capsys.readouterr().err
     )
 
@@ -211,7 +211,7 @@ def test_processes_share_the_samples(data, whole, tmp_path):
 
 
 def test_other_options_are_refused_with_what_differs(data, whole, capsys):
-    assert run(data, whole, "--flip", "--max_text_tokens", 64) == 1
+    assert run(data, whole, "--flip", "--max_text_tokens", 64) == 2
     told = capsys.readouterr().err
     assert "encoded in another way:\n  max: stored 128, now 64\n" in told
     assert "  pictures/flip: stored false, now true\n" in told
@@ -223,7 +223,7 @@ def test_bad_samples_are_skipped_and_counted_or_stop(data, tmp_path, capsys):
     picture = folder / "target2.png"
     picture.write_bytes(picture.read_bytes()[:-200])  # its header is whole
     arguments = [str(folder), "--out", str(tmp_path / "out"), *encode_helpers.OPTIONS[:-1]]
-    assert encode.main([*arguments, "--on_bad_sample", "stop"]) == 1
+    assert encode.main([*arguments, "--on_bad_sample", "stop"]) == 2
     assert "target2.png" in capsys.readouterr().err
     assert encode.main(arguments) == 0
     told = capsys.readouterr().out
@@ -243,7 +243,7 @@ def test_latents_that_are_not_finite_are_not_written(data, tmp_path, monkeypatch
 
 
 def test_noise_is_never_cached_by_mistake(data, tmp_path, capsys):
-    assert encode.main([str(data), "--out", str(tmp_path / "out")]) == 1
+    assert encode.main([str(data), "--out", str(tmp_path / "out")]) == 2
     assert "no weights are named, and latents of untrained ones mean nothing" in (
         capsys.readouterr().err
     )
@@ -261,12 +261,12 @@ def test_a_disk_without_room_is_told_before_anything_is_computed(
 
 @pytest.mark.parametrize("count", [1, 3, 4])
 def test_wrong_process_indices_are_refused(data, tmp_path, capsys, count):
-    assert run(data, tmp_path, "--process_index", count, "--process_count", count) == 1
+    assert run(data, tmp_path, "--process-index", count, "--process-count", count) == 2
     assert f"process_index {count} is none of {count} processes" in capsys.readouterr().err
 
 
 def test_buckets_are_refused(data, capsys):
-    assert run(data, "gs://bucket/encoded") == 1
+    assert run(data, "gs://bucket/encoded") == 2
     assert "gs://bucket/encoded: encoded samples are kept on a local or mounted disk" in (
         capsys.readouterr().err
     )

@@ -23,13 +23,16 @@ class HandStages:
         self.bundle, self.preset, self.dtype = bundle, bundle.preset, dtype or "float32"
         self.calls = []
 
-    def denoise(self, noise, txt, vec, *, num_steps, references=(), guidance=None, **given):
+    def denoise(self, asked):
+        noise, (txt, vec), references = asked.noise, asked.text, asked.references
         assert len({len(x) for x in (noise, txt, vec, *references)}) == 1
-        scale = guidance if guidance is not None else given.get("true_cfg_scale", np.ones(len(txt)))
-        told = num_steps + np.asarray(scale) + np.asarray(txt, np.float32).mean((1, 2))
+        scale = next(
+            (x for x in (asked.guidance, asked.true_cfg_scale) if x is not None), np.ones(len(txt))
+        )
+        told = asked.num_steps + np.asarray(scale) + np.asarray(txt, np.float32).mean((1, 2))
         told = told + sum(np.asarray(r, np.float32).mean((1, 2, 3)) for r in references)
-        if "negative" in given:
-            told = told + given["negative"][0].astype(np.float32).mean((1, 2))
+        if asked.negative is not None:
+            told = told + asked.negative[0].astype(np.float32).mean((1, 2))
         return np.asarray(noise) + told[:, None, None, None]
 
 
@@ -145,7 +148,7 @@ def test_old_shards_are_closed(encoded, tmp_path, monkeypatch):
 
 
 def test_another_model_or_guidance_needs_another_folder(encoded, whole, capsys):
-    assert make(encoded, whole, "--guidance", 3) == 1
+    assert make(encoded, whole, "--guidance", 3) == 2
     assert "results/guidance: stored 2.5, now 3" in capsys.readouterr().err
 
 
@@ -159,7 +162,7 @@ def test_another_model_or_guidance_needs_another_folder(encoded, whole, capsys):
     ],
 )
 def test_wrong_options_are_named(encoded, tmp_path, capsys, options, message):
-    assert make(encoded, tmp_path, *options) == 1
+    assert make(encoded, tmp_path, *options) == 2
     assert message in capsys.readouterr().err
 
 
@@ -176,4 +179,4 @@ def test_prompts_of_a_file(tmp_path, monkeypatch):
     assert [cache.prompt(n) for n in range(2)] in (["a cat", "a dog"], ["a dog", "a cat"])
     assert cache.kinds[0].target == (32, 48) and cache.kinds[0].contexts == ()
     assert cache.latents(0, 0)[0].shape == (6, 4, 3)
-    assert synthesize.main([*words, "--size", "30x48", "-q"]) == 1
+    assert synthesize.main([*words, "--size", "30x48", "-q"]) == 2

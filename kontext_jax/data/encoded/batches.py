@@ -1,6 +1,6 @@
 """Training batches from encoded samples on disk (`python -m kontext_jax.data.encode`).
 
-The order, the kinds and the dropping of references are `plan`'s, with the samples of the folder as
+The order, the kinds and the dropping of references are `order`'s, with the samples of the folder as
 examples, sorted by id: neither the shards nor who wrote them matter. A record is found by its
 sample's id and says its id itself, so latents, references and text always belong together.
 """
@@ -25,7 +25,7 @@ from kontext_jax.data.encoded.folder import (
     read_null_text,
 )
 from kontext_jax.data.encoded.records import CacheError, SampleEntry, Shard, shard_paths
-from kontext_jax.data.order import Plan, PlannedBatch, resumed_step, sample_places
+from kontext_jax.data.order import Order, PlannedBatch, resumed_step, sample_places
 
 _MAX_OPEN_SHARDS = 256  # below the usual limits of open files
 
@@ -148,7 +148,7 @@ class CachedBatches:
     Args:
       cache: the open folder.
       batch_size: examples of a global batch.
-      seed: of the order, see `plan`.
+      seed: of the order, see `order`.
       fraction_with_references, reference_dropout: see `DataConfig`.
       process_index: which of `process_count` equal shares of a global batch to give.
       threads: that read records.
@@ -180,7 +180,7 @@ class CachedBatches:
                 "share it"
             )
         self._cache = cache
-        self._plan = Plan(
+        self._order = Order(
             cache.kind_of,
             cache.kinds,
             batch_size=batch_size,
@@ -231,7 +231,7 @@ class CachedBatches:
         self._readers.shutdown(cancel_futures=True)
 
     def _make(self, step: int) -> tuple[tuple[str, ...], int, EncodedBatch]:
-        planned = self._plan.batch(step)
+        planned = self._order.batch(step)
         samples = planned.examples[self._rows.start : self._rows.stop]
         rows = list(self._readers.map(lambda row: self._read(planned, row), self._rows))
         ids = tuple(self._cache.ids[sample] for sample in samples)
@@ -239,7 +239,7 @@ class CachedBatches:
 
     def _read(self, planned: PlannedBatch, row: int):
         sample = int(planned.examples[row])
-        place, _, _ = sample_places(self._plan.seed, planned.step, row)
+        place, _, _ = sample_places(self._order.seed, planned.step, row)
         variant = int(place * self._cache.num_variants(sample))
         x0, contexts = self._cache.latents(sample, variant)
         txt, vec = self._cache.text(sample)

@@ -59,7 +59,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CacheError(
             f"{directory} is no folder of encoded samples: no {MANIFEST} in it; make one by "
-            "`python -m kontext_jax.data.encode --data … --weights … --out DIR`"
+            "`python -m kontext_jax.data.encode PATH … --weights … --out DIR`"
         )
     try:
         manifest = json.loads(path.read_text("utf-8"))

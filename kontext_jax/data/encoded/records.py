@@ -43,6 +43,10 @@ class CacheError(ValueError):
     """Encoded records that are damaged, incomplete or made in another way than expected."""
 
 
+class UnwritableError(CacheError):
+    """The disk does not take records any more."""
+
+
 def prompt_key(prompt: str) -> str:
     """Under which the features of a prompt are stored."""
     return hashlib.sha256(prompt.encode()).hexdigest()[:32]
@@ -211,9 +215,9 @@ class ShardWriter:
         put(self._unfinished, self._directory / self._unfinished.name, durable=True)
         self._number += 1
 
-    def _unwritable(self, why: object) -> CacheError:
+    def _unwritable(self, why: object) -> UnwritableError:
         free = shutil.disk_usage(self._directory).free
-        return CacheError(
+        return UnwritableError(
             f"{self._unfinished} cannot be written: {why} ({free / 1e9:.3g} GB are free); make "
             "room and run the same again: what finished shards hold is kept"
         )
@@ -234,7 +238,7 @@ def lock_part(directory: Path, process: int) -> Iterator[None]:
         except (BlockingIOError, PermissionError):
             raise CacheError(
                 f"{directory}: another program is writing the share of process {process}; wait for "
-                "it, or give each its own --process_index"
+                "it, or give each its own --process-index"
             ) from None
         for path in partial.iterdir():
             if path.name != "lock":

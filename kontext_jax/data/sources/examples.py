@@ -31,13 +31,7 @@ CONTEXT_NAMES = (  # or their plurals
     *("input", "input_image", "input_img", "original", "original_image", "original_img"),
     *("reference", "reference_image", "conditioning_image", "control_image"),
 )
-TEXT_NAMES = (
-    *("context", "contexts", "context_image", "context_images"),
-    *("source", "source_image", "source_img", "input", "input_image", "input_img"),
-    *("original", "original_image", "original_img", "reference", "references"),
-    *("reference_image", "reference_images", "conditioning_image", "control_image"),
-)
-TEXT_NAMES = (*("instruction", "edit_instruction", "edit_prompt", "text", "caption", "prompt"),)
+TEXT_NAMES = ("instruction", "edit_instruction", "edit_prompt", "text", "caption", "prompt")
 ID_NAMES = ("id", "sample_id", "__key__")
 
 
@@ -85,7 +79,10 @@ class ImageRef:
 
 
 class _Span(io.RawIOBase):
-    """Part of an open file as a file of its own."""
+    """Part of an open file as a file of its own.
+
+    The index reads the header of every picture and no more, so a member of a tar is not read whole.
+    """
 
     def __init__(self, file: BinaryIO, offset: int, size: int):
         self._file, self._offset, self._size, self._at = file, offset, size, 0
