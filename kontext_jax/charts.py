@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import UInt8
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,8 +35,8 @@ def new_figure(width_px: int, height_px: int) -> "Figure":
     return Figure((width_px / DPI, height_px / DPI), dpi=DPI, layout="constrained")
 
 
-def to_pixels(figure: "Figure") -> np.ndarray:
-    """The figure as uint8 RGB [height, width, 3]."""
+def to_pixels(figure: "Figure") -> UInt8[np.ndarray, "height width 3"]:
+    """The figure as RGB."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)

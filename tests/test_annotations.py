@@ -9,7 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 # Rooms (tools/rooms.py) whose public functions all name their dimensions.
-DONE: tuple[str, ...] = ("objectives", "training")
+DONE: tuple[str, ...] = (
+    *("charts", "fields", "objectives", "plan", "runtime", "sampling", "training"),
+)
 
 PACKAGES = ("kontext_jax", "convert_weights")
 ARRAYS = {"jax.Array", "np.ndarray", "jnp.ndarray", "Array", "ndarray"}

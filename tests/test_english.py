@@ -9,7 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 # Rooms (tools/rooms.py) without a fragment, where none may come back.
-DONE: tuple[str, ...] = ("objectives", "training", "configs")
+DONE: tuple[str, ...] = (
+    *("charts", "configs", "fields", "objectives", "plan", "runtime", "sampling", "training"),
+)
 
 SECTION = re.compile(r"^( *)(Args|Attributes|Returns|Raises|Yields):\s*$")
 ENTRY = re.compile(r"^( *)([*\w][\w*, ]*): +(.*)$")

@@ -211,7 +211,7 @@ def measure_sampling(
     """The programs of a request, compiled now or before; `only` those of these names.
 
     Raises:
-      ValueError: as `sampling.sampling_stages`.
+      ValueError: see `sampling.sampling_stages`.
     """
     found = []
     for stage in sampling.sampling_stages(request, target):

@@ -39,8 +39,8 @@ class Compiled:
 
     Attributes:
       error: why there is no program; then the rest is empty but for `needed_bytes`, if it says.
-      needed_bytes: that did not fit.
-      text: of the program, without the bodies of its kernels.
+      needed_bytes: size of what did not fit.
+      text: text of the program, without the bodies of its kernels.
       from_cache: it was not compiled now.
     """
 

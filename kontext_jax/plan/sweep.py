@@ -40,7 +40,7 @@ class Choice:
         """The config with this setting; what it accumulates over stays.
 
         Raises:
-          ValueError: as `TrainConfig` does.
+          ValueError: `TrainConfig` refuses the setting.
         """
         mesh = dict(zip(sharding.AXES, sharding.mesh_shape(self.mesh, num_devices), strict=True))
         parts = config.accumulate_steps

@@ -25,8 +25,8 @@ class Target:
     """Devices to compile for.
 
     Attributes:
-      name: as it was asked for.
-      slice_size: devices that are joined by the fast network; the rest is joined by the slow one.
+      name: name that was asked for.
+      slice_size: number of devices on one fast network; a slow one joins such slices.
     """
 
     name: str

@@ -17,14 +17,14 @@ class Chip:
     """One JAX device.
 
     Attributes:
-      name: as a topology begins ("v5p:4x4x4").
+      name: first word of a topology's name ("v5p:4x4x4").
       device_kinds: beginnings of `jax.Device.device_kind`.
       bf16_flops: dense bfloat16 FLOP/s.
-      hbm_bytes: of device memory.
-      hbm_bytes_per_s: of its bandwidth.
-      link_bytes_per_s: of ICI or NVLink, all ports, one direction; 0 without any.
-      dcn_bytes_per_s: of the network beyond a slice or node, one direction.
-      clock_hz: of the cycles in a TPU program's text; None for GPUs, whose programs have none.
+      hbm_bytes: size of the device memory.
+      hbm_bytes_per_s: bandwidth of that memory.
+      link_bytes_per_s: bandwidth of ICI or NVLink, all ports, one direction; 0 without any.
+      dcn_bytes_per_s: bandwidth of the network beyond a slice or node, one direction.
+      clock_hz: rate of the cycles in a TPU program's text; None for GPUs, which have none there.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Chip:
 
     @property
     def platform(self) -> str:
-        """Of the plug-in that compiles for it: "tpu" or "cuda"."""
+        """Name of the plug-in that compiles for it: "tpu" or "cuda"."""
         return "cuda" if self.clock_hz is None else "tpu"
 
 

@@ -43,7 +43,7 @@ _OPTIONS: dict[str, dict[Purpose, Options]] = {
     "gpu": {"train": _GPU, "sample": _GPU_SAMPLE},
     "cpu": {"train": {}, "sample": {}},
 }
-# In place of those above, on chips (of `kontext_jax.chips`) that differ.
+# Options that replace those above on some chips (names in `runtime.chips`).
 _CHIP_OPTIONS: dict[str, dict[Purpose, Options]] = {
     # 128 MiB of VMEM: products find larger tiles, 2.22 ms a single block instead of 2.64. On v5p
     # 64 MiB of 64 are worse than 32.
@@ -56,9 +56,9 @@ def options(platform: str, purpose: Purpose, chip: str | None = None) -> Options
     """What to pass as `compiler_options=` for a program compiled for `platform`.
 
     Args:
-      platform: that the program is compiled for: "tpu", "gpu" or "cuda", "cpu".
+      platform: platform to compile for: "tpu", "gpu" or "cuda", "cpu".
       purpose: "train" for programs with a backward pass, "sample" for all others.
-      chip: by its name in `kontext_jax.chips`; None where it is not known.
+      chip: name of the chip in `runtime.chips`; None where it is not known.
 
     Raises:
       ValueError: for an unknown platform or purpose.

@@ -87,7 +87,7 @@ class ExecutableFiles:
 
         Args:
           key: names the function with all that it closes over, by its repr.
-          options: of XLA.
+          options: options of XLA.
 
         Raises:
           ValueError: the repr of `key` is another in every process.

@@ -188,8 +188,8 @@ class Executables:
       timings: measures the stage "compile".
       on_compiled: called for each program that was made.
       compiler_options: options for XLA, see `kontext_jax.runtime.compiler_options`.
-      files: where programs are kept and looked for, if they donate nothing and nothing is said of
-        their results' shardings; None for nowhere.
+      files: folder of programs that are kept; it takes those that donate nothing and leave the
+        shardings of their results to the compiler. None keeps nothing.
     """
 
     computes = True

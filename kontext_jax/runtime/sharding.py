@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Shaped
 
 AXES = ("slices", "data", "fsdp", "context", "tensor")
 BATCH_AXES = ("slices", "data", "fsdp")
@@ -93,8 +94,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over all devices, neighbours on the fast network along its later axes.
 
     Args:
-      devices: of this run; None for `jax.devices()`. With `slices` > 1 on devices that do not know
-        their slice (all but TPUs), consecutive devices make a slice.
+      devices: devices of this run; None for `jax.devices()`. With `slices` > 1 on devices that do
+        not know their slice (all but TPUs), consecutive devices make a slice.
 
     Raises:
       ValueError: if the sizes do not multiply to the number of devices, or `slices` is not the
@@ -161,7 +162,7 @@ def activation_spec(shape: Sequence[int], names: Sequence[str | None]) -> Partit
     )
 
 
-def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+def constrain(x: Shaped[Array, "..."], *names: str | None) -> Shaped[Array, "..."]:
     """x, pinned to where its logical axes lie; x itself where no mesh is active."""
     spec = activation_spec(x.shape, names)
     return x if spec is None else jax.lax.with_sharding_constraint(x, spec)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import UInt
 
 from kontext_jax.batches import Conditioning
 from kontext_jax.flow import path as flow
@@ -37,7 +38,7 @@ class Denoising:
       negative: features of the prompts to guide away from; None for no such guidance.
       true_cfg_scale: scale of that guidance, float32 [B].
       numerics: reference implementation whose roundings are followed.
-      position_rule: where several references stand.
+      position_rule: rule for the positions of several references.
 
     Raises:
       ValueError: there is no such sampler, or it lacks seeds.
@@ -61,7 +62,7 @@ class Denoising:
         make_sampler(self.sampler, self.seed_words)
 
     @property
-    def seed_words(self) -> np.ndarray | None:
+    def seed_words(self) -> UInt[np.ndarray, "B 2"] | None:
         """Seeds for a sampler that draws noise, as `flow.samplers.seed_words` gives them."""
         if self.sampler != "renoise" or self.seeds is None:
             return None

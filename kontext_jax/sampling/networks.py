@@ -53,7 +53,7 @@ class LoadedNetworks(_Kept):
     """Networks whose weights are read.
 
     Args:
-      bundle: where the weights are.
+      bundle: weights, still on disk.
       dtype: dtype of the weights; those of the autoencoder are float32.
       mesh: devices over which weights are split; None for the default device.
       listed: whether each block of the transformer is a subtree of its own, see

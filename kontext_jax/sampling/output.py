@@ -79,7 +79,7 @@ def make_pictures(
     """Writes every picture as soon as it is made; the errors of the requests that failed.
 
     Args:
-      bases: where each request's pictures go, see `picture_path`.
+      bases: path of each request's pictures, see `picture_path`.
       last_turn_only: write the last turn alone, to the base itself.
       progress: show a line of steps on stderr.
     """

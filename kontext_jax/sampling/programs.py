@@ -7,6 +7,7 @@ run       noise, and the above → tokens after steps [start, stop)
 decode    latents              → picture
 """
 
+import functools
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Literal
 
@@ -49,7 +50,7 @@ class StagePrograms:
         self._configs, self.dtype = configs, dtype
         self._placement, self._block_form = placement, block_form
 
-    @property
+    @functools.cached_property
     def mmdit(self) -> MMDiT:
         return MMDiT(self._configs["mmdit"], dtype=self.dtype, block_form=self._block_form)
 

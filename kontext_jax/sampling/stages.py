@@ -45,15 +45,15 @@ class Stages:
     """Networks of one bundle, ready to run.
 
     Args:
-      bundle: where the weights are.
+      bundle: weights, still on disk.
       dtype: compute dtype of the text encoders and the transformer, "float32" or "bfloat16"; the
         autoencoder follows a request's numerics. None: float32 on CPU, bfloat16 elsewhere.
       tiling: whether the autoencoder works in tiles: "on", "off", or "auto" where a whole picture
         would need more memory than the device has.
       mesh: devices to spread every network and batch over, see `kontext_jax.runtime.placement`;
         None for the default device.
-      programs_dir: where programs of one device are kept, to be loaded without tracing at the
-        next start, see `kontext_jax.runtime.program_files`; None for nowhere.
+      programs_dir: folder that keeps programs of one device, to be loaded without tracing at the
+        next start, see `kontext_jax.runtime.program_files`; None keeps none.
       tell: called with lines for the user.
       executables: programs that other stages compiled, to be shared; None for none. They decide
         where programs are kept, in place of `programs_dir`.

@@ -85,7 +85,7 @@ def warm(
 
     Args:
       pipeline: was made with `compile_only=True`.
-      folder: where the programs are kept.
+      folder: folder that keeps the programs.
       progress: show a line of what is under way on stderr.
     """
     start, before, total = time.perf_counter(), _bytes_in(folder), 0
