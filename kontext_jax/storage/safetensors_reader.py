@@ -14,6 +14,7 @@ import math
 import os
 import struct
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,45 @@ def _checked_header(text: bytes, data_bytes: int) -> tuple[dict[str, TensorInfo]
     return tensors, metadata
 
 
+def _read_header(
+    read: Callable[[int, int], bytes], size: int
+) -> tuple[int, dict[str, TensorInfo], dict[str, str]]:
+    """Where the data starts, the tensors and the metadata of `size` bytes.
+
+    Args:
+      read: gives the bytes from a start on, so many of them.
+    """
+    if size < 8:
+        raise ValueError(f"it has {size} bytes")
+    (length,) = struct.unpack("<Q", read(0, 8))
+    if length > MAX_HEADER_BYTES:
+        raise ValueError(f"it claims a header of {length} bytes (at most {MAX_HEADER_BYTES})")
+    if length > size - 8:
+        raise ValueError(f"it claims a header of {length} bytes and has {size - 8} in all")
+    tensors, metadata = _checked_header(read(8, length), size - 8 - length)
+    return 8 + length, tensors, metadata
+
+
+def tensors_of(contents: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file in memory; the arrays are views of it.
+
+    Raises:
+      TensorFileError: it is no sound safetensors file.
+    """
+    try:
+        data_start, infos, metadata = _read_header(
+            lambda start, count: contents[start : start + count], len(contents)
+        )
+        tensors = {}
+        for name, info in infos.items():
+            count = math.prod(info.shape)
+            flat = np.frombuffer(contents, info.dtype, count, data_start + info.start)
+            tensors[name] = flat.reshape(info.shape)
+    except ValueError as error:
+        raise TensorFileError(f"not the bytes of safetensors: {error}") from None
+    return tensors, metadata
+
+
 class SafetensorsFile:
     """One safetensors file, its header checked, its data read on demand; safe in threads.
 
@@ -197,7 +237,9 @@ class SafetensorsFile:
         self._finalizer = weakref.finalize(self, os.close, self._fd)
         try:
             size = os.fstat(self._fd).st_size
-            self._data_start, tensors, self.metadata = self._read_header(size)
+            self._data_start, tensors, self.metadata = _read_header(
+                lambda start, count: os.pread(self._fd, count, start), size
+            )
         except ValueError as error:
             self.close()
             raise TensorFileError(f"{path}: not a sound safetensors file: {error}") from None
@@ -208,17 +250,6 @@ class SafetensorsFile:
             name: dataclasses.replace(info, start=info.start + self._data_start)
             for name, info in tensors.items()
         }
-
-    def _read_header(self, size: int) -> tuple[int, dict[str, TensorInfo], dict[str, str]]:
-        if size < 8:
-            raise ValueError(f"it has {size} bytes")
-        (length,) = struct.unpack("<Q", os.pread(self._fd, 8, 0))
-        if length > MAX_HEADER_BYTES:
-            raise ValueError(f"it claims a header of {length} bytes (at most {MAX_HEADER_BYTES})")
-        if length > size - 8:
-            raise ValueError(f"it claims a header of {length} bytes and has {size - 8} in all")
-        tensors, metadata = _checked_header(os.pread(self._fd, length, 8), size - 8 - length)
-        return 8 + length, tensors, metadata
 
     def header_bytes(self) -> bytes:
         """The raw header, for fingerprints."""

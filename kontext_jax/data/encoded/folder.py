@@ -20,7 +20,8 @@ from kontext_jax.runtime.atomic import write_text
 from kontext_jax.storage.safetensors_reader import SafetensorsFile, TensorFileError, TensorInfo
 from kontext_jax.storage.safetensors_writer import SafetensorsWriter
 
-FORMAT = 1
+FORMAT = 2  # records are safetensors; those of format 1 are read too
+FORMATS = (1, 2)
 MANIFEST = "manifest.json"
 NULL_TEXT = "null_text.safetensors"
 DONE_NAME = re.compile(r"done-(\d{5})-of-(\d{5})\.json")
@@ -66,8 +67,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         version, facts, stored_hash = manifest["format"], manifest["facts"], manifest["hash"]
     except (ValueError, KeyError, TypeError) as error:
         raise CacheError(f"{path} is damaged: {error!r}") from None
-    if version != FORMAT:
-        raise CacheError(f"{path} is of format {version}; this version reads format {FORMAT}")
+    if version not in FORMATS:
+        known = " and ".join(map(str, FORMATS))
+        raise CacheError(f"{path} is of format {version}; this version reads formats {known}")
     if facts_hash(facts) != stored_hash:
         raise CacheError(
             f"{path}: its facts hash to {facts_hash(facts)[:12]}, it says {stored_hash[:12]}: the "

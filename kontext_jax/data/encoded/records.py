@@ -6,7 +6,7 @@
     DIR/done-P-of-COUNT.json       process P has encoded its whole share
     DIR/partial-P/                 what process P has not finished
 
-A record is the length of its header, the header as JSON, then the bytes of its arrays. Its header
+A record is the bytes of a safetensors file, with a header as JSON in its metadata. The header
 repeats the manifest's hash and the sample's id, so a record can never be taken for another one;
 ArrayRecord checks the hash of its bytes. A shard gets its name when it is complete, index included.
 Text features stand once for every prompt of a process, under the hash of the prompt.
@@ -16,22 +16,28 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import shutil
 import struct
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+import safetensors.numpy
 
 from kontext_jax.data.buckets import Kind
 from kontext_jax.runtime.atomic import put
+from kontext_jax.storage.safetensors_reader import tensors_of
+
+if TYPE_CHECKING:
+    from array_record.python.array_record_module import ArrayRecordWriter
 
 SHARD_NAME = re.compile(r"part-(\d{5})-(\d{6})\.array_record")
+HEADER = "header"  # name of the header among the metadata of a record
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 # One record for one chunk, so that each is read alone; features and latents do not compress.
@@ -83,11 +89,8 @@ def _short(value: Any) -> str:
 
 def pack_record(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bytes:
     """One record of `header` and `arrays` (float32 or bfloat16)."""
-    layout = {name: [array.dtype.name, list(array.shape)] for name, array in arrays.items()}
-    text = json.dumps({**header, "arrays": layout}, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 4) % 8)  # data starts aligned
-    data = [np.ascontiguousarray(array).tobytes() for array in arrays.values()]
-    return b"".join([struct.pack("<I", len(text)), text, *data])
+    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    return safetensors.numpy.save(whole, {HEADER: json.dumps(header, separators=(",", ":"))})
 
 
 def unpack_record(record: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -97,17 +100,30 @@ def unpack_record(record: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]
       CacheError: it is no such record.
     """
     try:
-        (length,) = struct.unpack_from("<I", record)
-        header = json.loads(record[4 : 4 + length])
-        arrays, offset = {}, 4 + length
-        for name, (dtype, shape) in header.pop("arrays").items():
-            count = int(np.prod(shape, dtype=np.int64))
-            arrays[name] = np.frombuffer(record, DTYPES[dtype], count, offset).reshape(shape)
-            offset += arrays[name].nbytes
-        if offset != len(record):
-            raise ValueError(f"{len(record)} bytes, its header tells of {offset}")
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        if record[4:5] == b"{":  # in safetensors a byte of the header's length, which is short
+            return _unpack_old(record)
+        arrays, metadata = tensors_of(record)
+        header = json.loads(metadata[HEADER])
+        if not isinstance(header, dict):
+            raise ValueError(f"its header is {type(header).__name__}")
+        return header, arrays
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CacheError(f"not a record of encoded samples: {error}") from None
+
+
+def _unpack_old(record: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A record of format 1: the header's length in four bytes, the header as JSON, the arrays."""
+    (length,) = struct.unpack_from("<I", record)
+    header = json.loads(record[4 : 4 + length])
+    arrays, offset = {}, 4 + length
+    for name, (dtype, shape) in header.pop("arrays").items():
+        count = math.prod(shape)
+        if not 0 <= count <= len(record):
+            raise ValueError(f"{name} has an impossible shape {shape}")
+        arrays[name] = np.frombuffer(record, DTYPES[dtype], count, offset).reshape(shape)
+        offset += arrays[name].nbytes
+    if offset != len(record):
+        raise ValueError(f"{len(record)} bytes, its header tells of {offset}")
     return header, arrays
 
 
@@ -189,6 +205,8 @@ class ShardWriter:
 
     def _add(self, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
         if self._writer is None:
+            from array_record.python.array_record_module import ArrayRecordWriter
+
             self._writer = ArrayRecordWriter(str(self._unfinished), WRITER_OPTIONS)
             self._samples: dict[int, SampleEntry] = {}
             self._texts: dict[int, str] = {}
@@ -280,6 +298,8 @@ class Shard:
     """
 
     def __init__(self, path: Path, made_by: str):
+        from array_record.python.array_record_module import ArrayRecordReader
+
         self.path, self._made_by = path, made_by
         try:
             self._reader = ArrayRecordReader(str(path), READER_OPTIONS)

@@ -1,15 +1,19 @@
 """Encoded samples on disk, and the batches that are made of them."""
 
 import json
+import struct
 
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kontext_jax.data.buckets import Kind
 from kontext_jax.data.encoded import batches as cache_module
+from kontext_jax.data.encoded import folder as encoded_folder
+from kontext_jax.data.encoded import records
 from kontext_jax.data.encoded.batches import CachedBatches, EncodedCache
 from kontext_jax.data.encoded.folder import start_folder, write_done
 from kontext_jax.data.encoded.records import (
@@ -212,6 +216,78 @@ def test_a_folder_of_other_facts_is_not_added_to(folder):
         pytest.raises(CacheError, match="variants: stored 2, now 1"),
     ):
         start_folder(folder, facts, {}, lambda: text_of(""))
+
+
+def old_record(header, arrays):
+    """A record as format 1 wrote it."""
+    layout = {name: [array.dtype.name, list(array.shape)] for name, array in arrays.items()}
+    text = json.dumps({**header, "arrays": layout}, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 4) % 8)
+    return b"".join([struct.pack("<I", len(text)), text, *(x.tobytes() for x in arrays.values())])
+
+
+def test_a_folder_of_format_1_gives_the_same_batches(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "pack_record", old_record)
+    monkeypatch.setattr(encoded_folder, "FORMAT", 1)
+    write_folder(tmp_path)
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "manifest.json").read_text())["format"] == 1
+    streams = batches(folder), batches(tmp_path)
+    same(*(take(stream, 8) for stream in streams))
+    assert streams[0].state() == streams[1].state()  # a run goes on with either
+    for stream in streams:
+        stream.close()
+
+
+def test_a_folder_of_format_1_is_added_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "pack_record", old_record)
+    monkeypatch.setattr(encoded_folder, "FORMAT", 1)
+    write_folder(tmp_path, num=9)
+    monkeypatch.undo()
+    write_folder(tmp_path, process=1, count=2, num=23)
+    write_folder(tmp_path, process=0, count=2, num=23)
+    read_all(tmp_path)
+
+
+def test_a_folder_of_a_later_format_is_refused(folder, tmp_path):
+    directory = copy_of(folder, tmp_path / "copy")
+    manifest = directory / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 3'))
+    with pytest.raises(CacheError, match="is of format 3; this version reads formats 1 and 2"):
+        EncodedCache(directory)
+
+
+OLD = old_record({"made_by": "x"}, {"x0": np.zeros(4, np.float32)})
+NEW = pack_record({"made_by": "x"}, {"x0": np.zeros(4, np.float32)})
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        b"",
+        OLD[:-1],
+        OLD + b"x",
+        struct.pack("<I", 2**32 - 1) + OLD[4:],
+        struct.pack("<I", 100_000) + b"[" * 100_000,
+        struct.pack("<I", 100_000) + b'{"a":' * 20_000,
+        OLD.replace(b"[4]", b"[-4]"[:4]),
+        OLD.replace(b'["float32",[4]]', b'["float32", 4 ]'),
+        OLD.replace(b"float32", b"float16"),
+        NEW[:-1],
+        NEW + b"x",
+        struct.pack("<Q", 2**63) + NEW[8:],
+        struct.pack("<Q", 99_999_999) + NEW[8:],
+        struct.pack("<Q", 2) + b"{}",
+        NEW.replace(b"[4]", b"[9]"),
+        safetensors.numpy.save({}, {"header": "[" * 100_000}),
+        safetensors.numpy.save({}, {"header": "[]"}),
+        safetensors.numpy.save({}, {"other": "{}"}),
+    ],
+    ids=range(18),
+)
+def test_hostile_records_are_refused(record):
+    with pytest.raises(CacheError, match="not a record of encoded samples"):
+        unpack_record(record)
 
 
 def copy_of(folder, directory):

@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import re
+import struct
 import tarfile
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import safetensors
+import safetensors.numpy
 from data_helpers import WRITERS, pairs, picture, png, write_folder, write_records, write_tars
 
 from kontext_jax.data import pack
@@ -81,10 +84,14 @@ def test_the_folder_that_the_documentation_shows(tmp_path):
     source = open_source(str(tmp_path))
     assert [len(source[i].contexts) for i in range(3)] == [1, 2, 0]
     header = json.loads(record)
-    sizes = [b"x" * size for size in header["pictures"]]
-    refs = [ImageRef("", data=data) for data in sizes]
+    refs = [ImageRef("", data=data) for data in (b"xyz", b"x")]
     packed = pack_pair(Example(header["id"], refs[0], tuple(refs[1:]), header["text"]))
-    assert json.loads(packed[4 : -sum(header["pictures"])]) == header
+    (tmp_path / "record.safetensors").write_bytes(packed)
+    with safetensors.safe_open(tmp_path / "record.safetensors", "numpy") as opened:
+        assert opened.metadata() == header
+        assert sorted(opened.keys()) == ["context0", "target"]
+        assert opened.get_tensor("target").tobytes() == b"xyz"
+        assert opened.get_tensor("context0").tobytes() == b"x"
 
 
 def test_a_target_that_is_named_twice_gets_two_ids(tmp_path):
@@ -258,6 +265,54 @@ def test_a_damaged_record_is_a_bad_sample(damage):
     record = pack_pair(Example("1", ImageRef("", data=b"t"), (), "text"))
     with pytest.raises(BadSample, match="file, record 3 is no example"):
         unpack_pair(damage(record), "file, record 3")
+
+
+OLD_PAIR = (  # as format 1 was written
+    b'\x61\x00\x00\x00{"format":"kontext_jax/pair/1","id":"a/1","text":"\xc3\xa9","pictures":[3,2],'
+    b'"metadata":{"k":[1,null]}}abcde'
+)
+
+
+def test_records_of_format_1_are_read():
+    example = unpack_pair(OLD_PAIR, "file")
+    assert (example.id, example.text, example.metadata) == ("a/1", "é", {"k": [1, None]})
+    assert [ref.read() for ref in (example.target, *example.contexts)] == [b"abc", b"de"]
+
+
+def saved(arrays, **header):
+    facts = {"format": "kontext_jax/pair/2", "id": "1", "text": "t", "metadata": "{}"}
+    return safetensors.numpy.save(arrays, facts | header)
+
+
+BYTES = np.zeros(4, np.uint8)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        b"",
+        b"{" * 100_000,
+        struct.pack("<I", 2**32 - 1) + OLD_PAIR[4:],
+        struct.pack("<I", 100_000) + b"[" * 100_000,
+        OLD_PAIR[:-1],
+        OLD_PAIR.replace(b"[3,2]", b"[-3,8]"),
+        OLD_PAIR.replace(b"[3,2]", b"[]   "),
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 99_999_999) + b"{}",
+        struct.pack("<Q", 2) + b"{}",
+        saved({"target": BYTES})[:-1],
+        saved({"target": BYTES}) + b"x",
+        saved({"context0": BYTES}),
+        saved({"target": BYTES, "other": BYTES}),
+        saved({"target": BYTES}, metadata="[" * 100_000),
+        saved({"target": BYTES}, metadata="1"),
+        saved({"target": BYTES}, format="kontext_jax/pair/3"),
+    ],
+    ids=range(17),
+)
+def test_hostile_records_are_bad_samples(record):
+    with pytest.raises(BadSample, match="file, record 3 is no example"):
+        unpack_pair(record, "file, record 3")
 
 
 def test_pack_rewrites_any_source_as_records(tmp_path, capsys):
