@@ -50,6 +50,8 @@ def make_stack(
         split_rngs={"params": True},
         in_axes=(1,) * num_layered + (nn.broadcast,) * num_shared,
         length=length,
+        # Checking traces the block once more, and refuses debug effects inside it.
+        check_constancy_invariants=False,
     )
     return scanned(*arguments)
 
