@@ -23,6 +23,9 @@ from kontext_jax.terminal import did_you_mean
 
 WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
+# (field, value of earlier versions) → the value to set in its place.
+RETIRED = {("attention_backend", "pallas_gpu"): "auto"}
+
 
 @functools.cache
 def field_types(cls: type) -> dict[str, Any]:
@@ -79,6 +82,8 @@ def checked(kind: Any, value: Any, name: str, *, exact: bool = False) -> Any:
         if value in parts:
             return value
         hint = did_you_mean(value, [str(part) for part in parts])
+        if instead := RETIRED.get((name, str(value))):
+            hint = f", which is gone (use {instead})"
         raise ValueError(f"{name} is {value!r}{hint}; expected one of {', '.join(map(str, parts))}")
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, Sequence):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from kontext_jax.hlo.text import Instruction, Program, array_text, arrays, num_bytes
 
 _ATTENTION = re.compile(r"attention|splash|flash|fmha|mha|mqa|attn")
-_ATTENTION_TARGETS = ("tpu_custom_call", "__cudnn$fmha", "__gpu$xla.gpu.triton", "mosaic_gpu")
+_ATTENTION_TARGETS = ("tpu_custom_call", "__cudnn$fmha", "mosaic_gpu")
 _GEMM = re.compile(r"gemm|cublas|matmul|conv", re.IGNORECASE)
 
 

@@ -4,13 +4,11 @@
     reference   anywhere  O(S²)    yes          yes        any          any; float32 throughout
     chunked     anywhere  O(S)     no           yes        any          any; queries in blocks
     cudnn       CUDA      O(S)     no           no         bf16, fp16   Dh a multiple of 8, to 128
-    pallas_gpu  CUDA      O(S)     no           shared     bf16, fp16,  Dh at most 256; no more
-                                                           float32      queries than keys
     splash      TPU       O(S)     no           yes        any          Dh a multiple of 128
     auto        anywhere                                                see `attention`
 
-pallas_gpu and splash pad S, and are interpreted on CPU; "shared": queries and keys are the same
-tokens. A new backend is a line in `_BACKENDS`, one in `_limit` and its place in `_by_platform`.
+splash pads S, and is interpreted on CPU. A new backend is a line in `_BACKENDS`, one in `_limit`
+and its place in `_by_platform`.
 
 On a mesh (`kontext_jax.sharding`) all but reference run inside `jax.shard_map` on each device's
 own examples and heads with whole tokens, or where `tensor` × `context` does not divide the heads,
@@ -23,9 +21,7 @@ JAX's own `dot_product_attention` holds all S² scores unless told otherwise, on
 """
 
 import functools
-import importlib.util
 import math
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -34,12 +30,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from kontext_jax.ops import attention_pallas_gpu, attention_splash
+from kontext_jax.ops import attention_splash
 from kontext_jax.runtime import sharding
 
-Backend = Literal["auto", "reference", "chunked", "cudnn", "pallas_gpu", "splash"]
+Backend = Literal["auto", "reference", "chunked", "cudnn", "splash"]
 
-BACKENDS = ("auto", "reference", "chunked", "cudnn", "pallas_gpu", "splash")
+BACKENDS = ("auto", "reference", "chunked", "cudnn", "splash")
 QUERY_BLOCK = 384  # score rows held at a time by `chunked`
 # For policies of `jax.checkpoint`, see `keeps_attention`: splash's output and log-sum-exp, the
 # output of chunked and reference.
@@ -62,9 +58,9 @@ def attention(
     """Attention of q over k and v: [B, H, S, Dh] → [B, H, S, Dh] in q's dtype.
 
     "auto" is decided by the platform the program is *compiled* for, which need not be the one it
-    is traced on: splash on TPU (chunked if Dh is not a multiple of 128), cudnn on CUDA (pallas_gpu
-    where it is not installed or does not take Dh, chunked for float32 and for Dh that neither
-    takes, and for segments), chunked elsewhere; and reference wherever a bias or a mask is given.
+    is traced on: splash on TPU (chunked if Dh is not a multiple of 128), cudnn on CUDA (chunked
+    where it is not installed, and for float32, segments and Dh that it does not take), chunked
+    elsewhere; and reference wherever a bias or a mask is given.
     Programs that differentiate should name a backend (`backend_for`): every platform's choice is
     differentiated before the unused ones are dropped.
 
@@ -105,7 +101,7 @@ def attention(
         raise NotImplementedError(f"{backend} attention takes no {given}; use backend='reference'")
     if backend == "auto":
         return _by_platform(q, k, v, segment_ids, scale)
-    if limit := _limit(backend, q.shape, k.shape, q.dtype, segment_ids):
+    if limit := _limit(backend, q.shape[-1], q.dtype, segment_ids is not None):
         raise NotImplementedError(f"{backend} attention {limit}; use 'auto' or 'chunked'")
     return _BACKENDS[backend](q, k, v, segment_ids, scale)
 
@@ -119,8 +115,6 @@ def backend_for(platform: str, head_dim: int, dtype: Any) -> Backend:
         return "splash"
     if platform in ("gpu", "cuda") and not _cudnn_limit(head_dim, dtype):
         return "cudnn"
-    if platform in ("gpu", "cuda") and _pallas_gpu_is_preferred(head_dim, dtype):
-        return "pallas_gpu"
     return "chunked"
 
 
@@ -132,28 +126,13 @@ def keeps_attention(primitive: Any, *_: Any, **params: Any) -> bool:
     """
     if primitive.name == "name":
         return params["name"] == SAVED_NAME
-    if primitive.name == "pallas_call":
-        return params["name"] == attention_pallas_gpu.FORWARD_KERNEL
     return primitive.name == "dot_product_attention_fwd_wrapper"  # cuDNN's output and statistics
 
 
-def _limit(
-    backend: Backend,
-    q_shape: Sequence[int],
-    k_shape: Sequence[int],
-    dtype: Any,
-    segment_ids: SegmentIds | None,
-) -> str | None:
+def _limit(backend: Backend, head_dim: int, dtype: Any, has_segments: bool) -> str | None:
     """What stops a backend from taking such arrays, or None."""
-    head_dim, has_segments = q_shape[-1], segment_ids is not None
     if backend == "cudnn":
         return "takes no segment_ids" if has_segments else _cudnn_limit(head_dim, dtype)
-    if backend == "pallas_gpu":
-        if has_segments and segment_ids[0] is not segment_ids[1]:
-            return "takes the same segment_ids for queries and keys, found two arrays"
-        if q_shape[2] > k_shape[2]:
-            return f"takes no more queries than keys, found {q_shape[2]} and {k_shape[2]}"
-        return attention_pallas_gpu.limit(head_dim, dtype)
     if backend == "splash":
         return attention_splash.limit(head_dim)
     return None
@@ -174,22 +153,15 @@ def _on_each_device(function, q, k, v, segment_ids):
 
 def _by_platform(q, k, v, segment_ids, scale):
     def can(backend):
-        return not _limit(backend, q.shape, k.shape, q.dtype, segment_ids)
+        return not _limit(backend, q.shape[-1], q.dtype, segment_ids is not None)
 
     choices = {}
     if can("splash"):
         choices["tpu"] = _splash
     if can("cudnn") and _cudnn_is_installed(q, k, v):
         choices["cuda"] = _cudnn
-    elif (
-        can("pallas_gpu")
-        and _pallas_gpu_is_preferred(q.shape[-1], q.dtype)
-        and _cuda_is_installed()
-    ):
-        choices["cuda"] = _pallas_gpu
 
     def bound(backend):
-        # The ids are not among the arguments: as such they would be two arrays where they were one.
         return lambda q, k, v: backend(q, k, v, segment_ids, scale)
 
     choices = {platform: bound(backend) for platform, backend in choices.items()}
@@ -294,11 +266,6 @@ def _cudnn(q, k, v, segment_ids, scale):
     return _on_each_device(run, q, k, v, segment_ids)
 
 
-def _cuda_is_installed() -> bool:
-    """Without JAX's plug-in nothing can be compiled for CUDA."""
-    return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
-
-
 def _cudnn_is_installed(q, k, v) -> bool:
     """Tracing cuDNN raises without it, or without JAX's plug-in for CUDA."""
     try:
@@ -306,18 +273,6 @@ def _cudnn_is_installed(q, k, v) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _pallas_gpu_is_preferred(head_dim: int, dtype: Any) -> bool:
-    """To chunked, which is faster where products cannot use the tensor cores."""
-    return dtype != jnp.float32 and not attention_pallas_gpu.limit(head_dim, dtype)
-
-
-def _pallas_gpu(q, k, v, segment_ids, scale):
-    def run(q, k, v, ids):
-        return attention_pallas_gpu.mha(q, k, v, None if ids is None else ids[1], scale)
-
-    return _on_each_device(run, q, k, v, segment_ids)
 
 
 def _splash(q, k, v, segment_ids, scale):
@@ -328,6 +283,5 @@ def _splash(q, k, v, segment_ids, scale):
 _BACKENDS = {
     "chunked": _chunked,
     "cudnn": _cudnn,
-    "pallas_gpu": _pallas_gpu,
     "splash": _splash,
 }

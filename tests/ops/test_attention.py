@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kontext_jax.ops import attention as door
 from kontext_jax.ops import attention_splash
 from kontext_jax.ops.attention import attention, backend_for
 
@@ -135,11 +136,39 @@ def test_cudnn_says_what_it_cannot_take(head_dim, dtype, message):
         ("tpu", 64, jnp.bfloat16, "chunked"),
         ("gpu", 128, jnp.bfloat16, "cudnn"),
         ("cuda", 128, jnp.float32, "chunked"),
+        ("cuda", 256, jnp.bfloat16, "chunked"),
         ("cpu", 128, jnp.bfloat16, "chunked"),
     ],
 )
 def test_a_platform_has_a_backend_by_name(platform, head_dim, dtype, backend):
     assert backend_for(platform, head_dim, dtype) == backend
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "cudnn", "backend"),
+    [
+        (128, jnp.bfloat16, True, "cudnn"),
+        (128, jnp.bfloat16, False, "chunked"),
+        (256, jnp.bfloat16, True, "chunked"),
+        (128, jnp.float32, True, "chunked"),
+    ],
+)
+def test_auto_takes_chunked_on_cuda_where_cudnn_cannot(
+    monkeypatch, head_dim, dtype, cudnn, backend
+):
+    chosen = []
+    monkeypatch.setattr(door, "_cudnn_is_installed", lambda *qkv: cudnn)
+    monkeypatch.setattr(door, "_cudnn", lambda q, *_: chosen.append("cudnn") or q)
+    q = jax.ShapeDtypeStruct((1, 1, 128, head_dim), dtype)
+    jax.eval_shape(lambda *qkv: attention(*qkv), q, q, q)
+    assert chosen == ([] if backend == "chunked" else [backend])
+    if cudnn:
+        assert backend_for("cuda", head_dim, dtype) == backend
+
+
+def test_a_retired_backend_is_refused_by_the_door():
+    with pytest.raises(ValueError, match=r"'pallas_gpu'; choose one of \('auto', .*'cudnn'"):
+        attention(*random_qkv(), backend="pallas_gpu")
 
 
 @pytest.mark.parametrize(("backend", "head_dim"), [("chunked", 16), ("splash", 128)])
@@ -231,7 +260,7 @@ def result_and_gradients(backend, qkv, ids, weights):
 # Two blocks of queries and padding; for the kernels, padding of a block in which segments go on.
 @pytest.mark.parametrize(
     ("backend", "head_dim", "num_tokens"),
-    [("chunked", 16, 390), ("splash", 128, 150), ("pallas_gpu", 16, 100)],
+    [("chunked", 16, 390), ("splash", 128, 150)],
 )
 def test_segments_have_the_results_and_gradients_of_the_reference(backend, head_dim, num_tokens):
     qkv = random_qkv(batch=2, heads=1, num_tokens=num_tokens, head_dim=head_dim)
@@ -260,8 +289,6 @@ def test_segments_are_refused_where_they_cannot_be_kept():
     ids = segments_of(2, 50)
     with pytest.raises(NotImplementedError, match="cudnn attention takes no segment_ids"):
         attention(q, k, v, backend="cudnn", segment_ids=(ids, ids))
-    with pytest.raises(NotImplementedError, match="the same segment_ids for queries and keys"):
-        attention(q, k, v, backend="pallas_gpu", segment_ids=(ids, ids + 0))
     with pytest.raises(ValueError, match=r"segment_ids are \[B, S\].*\(2, 50\), \(50,\)"):
         attention(q, k, v, segment_ids=(ids, ids[0]))
 

@@ -53,6 +53,12 @@ def test_the_configs_of_the_page_are_there():
     }
 
 
+def test_a_retired_value_says_what_to_use(cli):
+    status, _, error = cli("--config", "configs/tiny.py", "--config.attention_backend=pallas_gpu")
+    assert status == 2
+    assert "'pallas_gpu', which is gone (use auto); expected one of auto, reference" in error
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_files_are_whole_and_the_same_as_a_config_dict(name):
     module = load(ROOT / "configs" / f"{name}.py")
