@@ -248,6 +248,8 @@ class _Estimator:
             return 0.0
         if instruction.target in _BOOKKEEPING:
             return 0.0
+        if instruction.op == "fusion-start":
+            instruction = self._as_fusion(instruction)
         if call := attention_call(self._program, where, instruction):
             self._attention_flops += times * call.flops
             seconds = call.flops / self._chip.bf16_flops
@@ -263,6 +265,12 @@ class _Estimator:
         if cycles is None and not collectives_of(self._program, where, instruction):
             self._add_uncounted(instruction, times)
         return 0.0
+
+    def _as_fusion(self, instruction: Instruction) -> Instruction:
+        """The fusion that starts here: its own shape is (operands, results, context)."""
+        steps = self._program.computations[instruction.called[0]].values()
+        shape = next(step.shape for step in steps if step.is_root)
+        return dataclasses.replace(instruction, op="fusion", shape=shape)
 
     def _roofline(self, where: str, instruction: Instruction, times: int) -> float:
         if collectives_of(self._program, where, instruction):

@@ -126,6 +126,21 @@ def test_gpu_kernels_are_counted_at_the_roofline():
     assert all(not op.estimated for op in found.ops)
 
 
+def test_a_fusion_that_starts_early_costs_what_it_does_in_its_place():
+    plain = "bf16[1,3072,3072]{2,1,0} fusion(%all, %k), kind=kLoop, calls=%dynamic_slice"
+    start = (
+        "((bf16[38,3072,3072]{2,1,0}, s32[]), bf16[1,3072,3072]{2,1,0}, u32[]) "
+        "fusion-start(%all, %k), kind=kLoop, calls=%dynamic_slice\n"
+        "  %done = bf16[1,3072,3072]{2,1,0} fusion-done(%loop_dynamic_slice_fusion)"
+    )
+    early = GPU.replace(plain, start)
+    early = early.replace("bitcast(%loop_dynamic_slice_fusion)", "bitcast(%done)")
+    found, expected = hlo_cost.estimate(early, "h100"), hlo_cost.estimate(GPU, "h100")
+    assert early != GPU
+    assert found.seconds_by_category == expected.seconds_by_category
+    assert found.bytes == expected.bytes
+
+
 def test_the_command_prints_lines_and_json(tmp_path, capsys):
     file = tmp_path / "step.hlo"
     file.write_text(TPU)
