@@ -51,9 +51,12 @@ class Instruction:
 
     @property
     def source(self) -> str:
-        """The JAX operation it was made for: `op_name` of its metadata."""
+        """The JAX operation it was made for: `op_name` of its metadata.
+
+        Without "eval_jaxpr", which flax 0.12.12 puts into the path of all that a scan lifts.
+        """
         found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else ""
+        return found[1].replace("eval_jaxpr/", "") if found else ""
 
     @property
     def cycles(self) -> int | None:

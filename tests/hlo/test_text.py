@@ -45,6 +45,15 @@ ENTRY %main (param: bf16[8,4]) -> f32[2] {
 """  # noqa: E501
 
 
+def test_a_path_is_free_of_what_flax_evaluates():
+    text = """
+ENTRY %main () -> f32[] {
+  ROOT %x = f32[] add(%y, %y), metadata={op_name="jit(step)/while/body/eval_jaxpr/blocks/mul"}
+}
+"""
+    assert Program(text).computations["main"]["x"].source == "jit(step)/while/body/blocks/mul"
+
+
 def test_collectives_are_counted_as_often_as_their_loop_runs():
     found = collectives(PROGRAM)
     assert set(found) == {("all-gather", "bf16"), ("reduce-scatter", "f32"), ("all-reduce", "f32")}
