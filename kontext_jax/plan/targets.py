@@ -46,7 +46,7 @@ def find_target(name: str) -> Target:
       ValueError: the name is not understood, or the compiler for it is not installed.
     """
     word = re.match(r"[a-z0-9]*", name)[0]
-    kind = re.sub(r"x\d+$", "", word)
+    kind = re.sub(r"(?<=\d)x\d+$", "", word)  # a count stands behind a digit: not in rtx4090
     if kind not in (*TPUS, *GPUS):
         known = (*TPUS, *GPUS)
         raise ValueError(

@@ -65,6 +65,17 @@ def test_a_missing_compiler_is_an_error_that_says_what_to_install(name, command,
     assert command in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("h100", "h100"), ("h100x8", "h100"), ("rtx4090", "rtx4090"), ("rtx4090x8", "rtx4090")],
+)
+def test_a_chip_may_have_an_x_in_its_name(name, kind, monkeypatch):
+    monkeypatch.setattr(targets, "GPUS", ("h100", "rtx4090"))
+    monkeypatch.setitem(targets.CHIPS, "rtx4090", dataclasses.replace(V5P, name="rtx4090"))
+    monkeypatch.setattr(targets, "_gpu", lambda name, chip: (name, chip.name))
+    assert targets.find_target(name) == (name, kind)
+
+
 def test_a_config_needs_no_weights_to_be_planned():
     config = train_config.parse(load_config("configs/lora.py"))
     ready = programs.without_weights(config, "tpu")
