@@ -4,8 +4,8 @@
     STEP/data_state.json, config.json
     STEP/manifest.json                                    written last
 
-The manifest lists every other file with its size and CRC-32. A folder without one was never
-finished and is no checkpoint.
+The manifest lists every other file with its size and CRC-32, and the versions of JAX and others
+that wrote it. A folder without one was never finished and is no checkpoint.
 """
 
 import json
@@ -16,11 +16,13 @@ from collections.abc import Iterable, Mapping
 from etils import epath
 
 from kontext_jax.runtime.atomic import is_local
+from kontext_jax.runtime.versions import versions
 from kontext_jax.storage import checksums
 
 FORMAT = 1
 CHECKPOINTS = "checkpoints"  # RUN/checkpoints/STEP
 MANIFEST, ARRAYS, DATA_STATE, CONFIG = "manifest.json", "arrays", "data_state.json", "config.json"
+MADE_WITH = ("jax", "jaxlib", "flax", "numpy")  # packages that decide the last bits of a step
 
 
 class CheckpointError(OSError):
@@ -92,8 +94,29 @@ def as_json(files: checksums.Records) -> dict[str, list]:
 
 def manifest_json(step: int, files: Mapping[str, list]) -> str:
     """The text of a manifest, from what `as_json` gave."""
-    return json.dumps(
-        {"format": FORMAT, "step": step, "files": dict(sorted(files.items()))}, indent=1
+    manifest = {"format": FORMAT, "step": step, "made_with": made_with()}
+    return json.dumps(manifest | {"files": dict(sorted(files.items()))}, indent=1)
+
+
+def made_with() -> dict[str, str]:
+    """Versions of the packages that decide the last bits of a step."""
+    return {name: version for name, version in versions(MADE_WITH).items() if name in MADE_WITH}
+
+
+def version_difference(folder: epath.Path) -> str:
+    """What a checkpoint was made with and what is here instead; "" if nothing is known to differ.
+
+    Checkpoints of before versions were noted have none to compare.
+    """
+    now = made_with()
+    then = json.loads((folder / MANIFEST).read_text()).get("made_with", now)
+    names = [name for name in MADE_WITH if then.get(name) != now.get(name)]
+    if not names:
+        return ""
+    was, here = (", ".join(f"{name} {found.get(name)}" for name in names) for found in (then, now))
+    return (
+        f"{folder.name} was made with {was}; here are {here}: the next loss should be the same, "
+        "later steps may differ by about 1e-7 of their values"
     )
 
 

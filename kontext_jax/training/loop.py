@@ -30,7 +30,12 @@ from kontext_jax.runtime.sharding import (
     num_batch_shards,
     process_share,
 )
-from kontext_jax.storage.step_folders import CHECKPOINTS, CheckpointError, find_damage
+from kontext_jax.storage.step_folders import (
+    CHECKPOINTS,
+    CheckpointError,
+    find_damage,
+    version_difference,
+)
 from kontext_jax.terminal import Tell
 from kontext_jax.training import config as train_config
 from kontext_jax.training import config_tree
@@ -133,6 +138,8 @@ def train(
             batches.restore(restored.data_state["batches"])
             rows = restored.data_state["metrics"]
             tell(f"going on from step {step} of {run}")
+            if line := version_difference(run / CHECKPOINTS / str(step)):
+                tell(f"checkpoint {line}")
             del restored
         else:
             state = _first_state(task, devices, abstract, init_key)
@@ -243,6 +250,8 @@ def dry_run(
         if damage := find_damage(folder, check_contents=False):
             raise CheckpointError("\n  ".join([f"{folder} is damaged:", *damage]))
         tell(f"{run}: goes on from step {latest}")
+        if line := version_difference(folder):
+            tell(f"checkpoint {line}")
     tell("all is well; nothing was compiled")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from light_task import light_task
 
 from kontext_jax.pictures.files import read_metadata
 from kontext_jax.runtime.sharding import MeshConfig, make_mesh
+from kontext_jax.storage import step_folders
 from kontext_jax.training import config as train_config
 from kontext_jax.training import loop as train_loop
 from kontext_jax.training import metrics
@@ -256,6 +258,38 @@ def test_a_dry_run_finds_a_checkpoint_cut_short(unbroken, tmp_path):
         train_loop.dry_run(
             small_config(), str(run), open_weights=no_weights, tell=lambda line: None
         )
+
+
+def lines_after_resuming(run, made_with, tmp_path) -> list[str]:
+    """What going on and a dry run tell of a checkpoint with such versions in its manifest."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    path = copy / "checkpoints" / "12" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest.pop("made_with") == step_folders.made_with()
+    path.write_text(json.dumps(manifest | made_with))
+    lines = []
+    train_loop.dry_run(small_config(), str(copy), open_weights=no_weights, tell=lines.append)
+    assert train(small_config(), copy, lines.append) == 12
+    assert sum("from step 12" in line for line in lines) == 2
+    return [line for line in lines if "made with" in line]
+
+
+def test_going_on_under_other_versions_is_told(unbroken, tmp_path):
+    then = step_folders.made_with() | {"jax": "0.9.1", "numpy": "2.0.1"}
+    lines = lines_after_resuming(unbroken[0], {"made_with": then}, tmp_path)
+    told = (
+        "checkpoint 12 was made with jax 0.9.1, numpy 2.0.1; here are "
+        f"jax {jax.__version__}, numpy {np.__version__}: the next loss should be the same, "
+        "later steps may differ by about 1e-7 of their values"
+    )
+    assert lines == [told, told]
+
+
+@pytest.mark.parametrize("made_with", [{"made_with": step_folders.made_with()}, {}])
+def test_equal_versions_and_checkpoints_without_them_are_taken_silently(
+    unbroken, made_with, tmp_path
+):
+    assert lines_after_resuming(unbroken[0], made_with, tmp_path) == []
 
 
 def test_a_dry_run_tells_what_would_run(tmp_path):
