@@ -1,0 +1,1 @@
+"""A world of things that people know, drawn by several hands, and edits with exact results."""
