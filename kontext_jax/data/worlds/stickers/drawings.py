@@ -105,11 +105,8 @@ def open_drawings(file: Path | None = None) -> Drawings:
         hands, codes = (tuple(json.loads(metadata[key])) for key in ("hands", "codes"))
         if hands != HANDS or codes != tuple(kind.code for kind in OBJECTS):
             raise ValueError(f"{file} holds other objects or hands; run {COMMAND} again")
-        fonts = {
-            key.removeprefix("font/"): tensors.get_tensor(key).tobytes()
-            for key in tensors.keys()
-            if key.startswith("font/")
-        }
+        names = [key for key in list(tensors.keys()) if key.startswith("font/")]
+        fonts = {name.removeprefix("font/"): tensors.get_tensor(name).tobytes() for name in names}
         pixels = _map_pixels(file, tensors.get_slice("pixels").get_shape())
     return Drawings(pixels, fonts, tuple(json.loads(metadata["attribution"])))
 

@@ -3,7 +3,7 @@
 import functools
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 
 _LUMA = np.float32((0.299, 0.587, 0.114))
 
@@ -32,29 +32,25 @@ def _slope(side: int) -> np.ndarray:
 def _specks(side: int, count: int, length: int, seed: int) -> np.ndarray:
     """Light of snowflakes, or of raindrops where length is above 0: float32 [side, side, 1]."""
     rng = np.random.default_rng(seed)
-    big = 4 * side
-    canvas = np.zeros((big, big), np.float32)
-    for x, y, radius in zip(
-        rng.integers(0, big, count),
-        rng.integers(0, big, count),
-        rng.uniform(1.6, 4.6, count) * big / 512 * 1.6,
-        strict=True,
-    ):
-        for step in range(max(1, length * big // 512)):
-            r = int(radius) if not length else 2
-            cx, cy = (x - step // 3) % big, (y + step) % big
-            canvas[max(0, cy - r) : cy + r, max(0, cx - r) : cx + r] = 1
-    smooth = Image.fromarray(np.uint8(255 * canvas)).resize((side, side), Image.Resampling.BOX)
+    picture = Image.new("L", (512, 512))
+    draw = ImageDraw.Draw(picture)
+    for _ in range(count):
+        x, y, radius = rng.uniform(0, 512), rng.uniform(-30, 512), rng.uniform(4, 11)
+        if length:
+            draw.line((x, y, x - length / 3, y + length), fill=255, width=5)
+        else:
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
+    smooth = picture.resize((side, side), Image.Resampling.BOX)
     return np.asarray(smooth, np.float32)[..., None] / 255
 
 
 def _night(pixels: np.ndarray) -> np.ndarray:
-    return _rounded(_grade(pixels, (0.26, 0.34, 0.62), 0.7, 6))
+    return _rounded(_grade(pixels, (0.36, 0.44, 0.78), 0.7, 4))
 
 
 def _winter(pixels: np.ndarray) -> np.ndarray:
     cold = _grade(pixels, (0.86, 0.94, 1.04), 0.55, 22)
-    snow = _specks(len(pixels), 90, 0, 3)
+    snow = _specks(len(pixels), 70, 0, 3)
     return _rounded(cold + snow * (255 - cold))
 
 

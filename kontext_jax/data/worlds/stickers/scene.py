@@ -42,7 +42,10 @@ class Sticker:
 
     @property
     def centre(self) -> tuple[int, int]:
-        return tuple(a + b for a, b in zip(CENTRES[self.cell], self.shift, strict=True))
+        """Pixels from the left and from the top; the object lies within the picture."""
+        half = SIZES[self.size] // 2 + 2
+        x, y = (a + b for a, b in zip(CENTRES[self.cell], self.shift, strict=True))
+        return min(max(x, half), SIDE_PX - half), min(max(y, half), SIDE_PX - half)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Words that stand on signs, in capitals, two to seven letters."""
 
-_WORDS = """
+_TEXT = """
  OPEN CLOSED SHOP CAFE BAKERY HOTEL MUSIC RADIO CINEMA LIBRARY SCHOOL MUSEUM GARDEN MARKET BANK
  EXIT ENTER STOP WAIT SLOW FAST PUSH PULL LEFT RIGHT NORTH SOUTH EAST WEST HERE THERE
  SALE FREE NEW HOT COLD FRESH SWEET BEST LUCKY MAGIC DREAM HAPPY SMILE PEACE LOVE HOPE
@@ -22,9 +22,9 @@ _WORDS = """
  PARIS LONDON BERLIN TOKYO ROME OSLO LIMA CAIRO DELHI MADRID
  JUNE JULY MARCH APRIL SPACE EARTH MARS VENUS COMET ORBIT
  WIZARD KNIGHT QUEEN KING PRINCE PIRATE HERO GHOST ALIEN
-""".split()
+"""
 LONGEST = 7
-WORDS: tuple[str, ...] = tuple(sorted({word for word in _WORDS if len(word) <= LONGEST}))
+WORDS: tuple[str, ...] = tuple(sorted({word for word in _TEXT.split() if len(word) <= LONGEST}))
 
 
 def misspellings(word: str) -> tuple[str, ...]:
