@@ -182,7 +182,7 @@ _OBJECTS: dict[str, tuple[Kind, ...]] = {
         _object("1f363", "sushi", plural="sushi"),
         _object("2615", "coffee", plural="coffees"),
         _object("1f37a", "beer"),
-        _object("1f377", "wine", plural="wines"),
+        _object("1f377", "wine glass", "glass of wine"),
         _object("1f379", "cocktail"),
         _object("1fad6", "teapot"),
     ),
@@ -211,7 +211,7 @@ _OBJECTS: dict[str, tuple[Kind, ...]] = {
     "thing": (
         _object("26bd", "football", "soccer ball"),
         _object("1f3c0", "basketball"),
-        _object("1f3be", "racket"),
+        _object("1f3af", "target", "bullseye"),
         _object("1f388", "balloon"),
         _object("1f381", "gift", "present"),
         _object("1f3b8", "guitar"),

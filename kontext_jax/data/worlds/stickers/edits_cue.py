@@ -12,16 +12,17 @@ from kontext_jax.data.worlds.stickers.edits_local import Edit, with_other_object
 from kontext_jax.data.worlds.stickers.grammar import write
 from kontext_jax.data.worlds.stickers.layout import Draw, free_cells, is_clear
 from kontext_jax.data.worlds.stickers.phrases import a
-from kontext_jax.data.worlds.stickers.scene import SIZES, Cue, Scene, Sticker
+from kontext_jax.data.worlds.stickers.scene import SIDE_PX, SIZES, Cue, Scene, Sticker
 
-_RADIUS_OF_CELL = 24
+_RADIUS_OF_CELL = 21
 _LARGER = {"small": "medium", "medium": "big", "big": "huge"}
 
 
 def _cue_on(draw: Draw, sticker: Sticker, shape: str, colour: str) -> Cue:
     radius = round(0.5 * SIZES[sticker.size]) + (0 if shape == "arrow" else 4)
-    stretch = int(draw.rng.integers(-1, 4))
-    return Cue(shape, colour, sticker.centre, (radius + stretch, radius))
+    x, y = sticker.centre
+    across = min(radius + int(draw.rng.integers(-1, 4)), x - 2, SIDE_PX - 2 - x)
+    return Cue(shape, colour, (x, y), (across, min(radius, y - 2, SIDE_PX - 2 - y)))
 
 
 def _meant(draw: Draw, cue: Cue, named: bool) -> str:
@@ -116,8 +117,7 @@ def add(draw: Draw) -> Draft | None:
     if not is_clear(target):
         return None
     shape, colour = draw.choose(SHAPES[:2]), draw.choose(tuple(COLOURS))
-    stretch = int(draw.rng.integers(-1, 4))
-    radii = (_RADIUS_OF_CELL + stretch, _RADIUS_OF_CELL)
+    radii = (_RADIUS_OF_CELL + int(draw.rng.integers(-2, 2)), _RADIUS_OF_CELL)
     source = dataclasses.replace(scene, cues=(Cue(shape, colour, new.centre, radii),))
     named = f"{colour} " if draw.chance(0.5) else ""
     inside = draw.choose((f"inside the {named}{shape}", f"where the {named}{shape} is"))

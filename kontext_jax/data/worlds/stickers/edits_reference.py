@@ -22,16 +22,18 @@ from kontext_jax.data.worlds.stickers.scene import POSITIONS, Scene, Sticker
 
 
 def _by_hand(scene: Scene, hand: str) -> Scene:
-    """The scene drawn by one hand; changed colours are dropped, since ink has none."""
+    """The scene drawn by one hand; upright and in the objects' own colours."""
     things = tuple(
-        dataclasses.replace(thing, hand=hand, colour="") if isinstance(thing, Sticker) else thing
+        dataclasses.replace(thing, hand=hand, colour="", angle=0)
+        if isinstance(thing, Sticker)
+        else thing
         for thing in scene.things
     )
     return dataclasses.replace(scene, things=things)
 
 
 def _plain_scene(draw: Draw, fewest: int = 1, most: int = 3, hand: str = "") -> Scene:
-    """A scene by one hand, without changed colours, sign and look."""
+    """A scene by one hand, without changed colours, turned objects, sign and look."""
     scene = draw.scene(fewest, most, sign=0)
     return dataclasses.replace(_by_hand(scene, hand or draw.hand()), look="plain")
 
@@ -86,9 +88,12 @@ STYLE: dict[str, Edit] = {
 
 def _character(draw: Draw, *others: str) -> Scene:
     """A picture of one object alone, large, at times in a colour that is not its own."""
-    name, size = draw.name(*others), draw.choose(("big", "huge", "huge"))
+    name, hand = draw.name(*others), draw.hand()
     sticker = Sticker(
-        name, draw.hand(), 4, size, draw.shift(8), draw.angle(), flip=draw.chance(0.5)
+        *(name, hand, 4, draw.choose(("big", "huge", "huge"))),
+        shift=draw.shift(8),
+        angle=draw.angle(hand),
+        flip=draw.chance(0.5),
     )
     return Scene((draw.coloured(sticker, 0.5),), draw.backdrop())
 
@@ -118,9 +123,15 @@ def beside(draw: Draw) -> Draft | None:
         place = draw.backdrop("place")
         where = " " + before(place)
     target = Scene((_upright(sticker, 3, "big"), other), place)
-    given = {"this": this(draw, sticker), "new": a(draw, other.name) + where}
+    given = {"this": this(draw, sticker), "new": a(draw, other.name), "where": where}
     text = write(draw, "beside", given)
     return Draft("beside", (source,), target, text, (sticker.name, other.name), (sticker.hand,))
+
+
+_SIZE_WORDS = {
+    "small": ("small", "tiny", "very small"),
+    "huge": ("huge", "very big", "very large"),
+}
 
 
 def at_a_size(draw: Draw) -> Draft | None:
@@ -128,7 +139,8 @@ def at_a_size(draw: Draw) -> Draft | None:
     sticker, new = source.stickers[0], draw.backdrop("place")
     size = draw.choose(("small", "huge"))
     target = Scene((_upright(sticker, 4, size),), new)
-    given = {"this": this(draw, sticker), "size": size, "where": before(new)}
+    words = draw.choose(_SIZE_WORDS[size])
+    given = {"this": this(draw, sticker), "size": words, "where": before(new)}
     if size == sticker.size or new == source.backdrop:
         return None
     text = write(draw, "at a size", given)

@@ -10,7 +10,7 @@ from kontext_jax.data.worlds.stickers.layout import Draw
 VERBS: Mapping[str, tuple[str, ...]] = {
     "REMOVE": ("remove", "delete", "erase", "take away", "get rid of", "drop"),
     "ADD": ("add", "put", "place", "draw", "insert"),
-    "REPLACE": ("replace", "exchange", "swap"),
+    "REPLACE": ("replace", "substitute"),
     "CHANGE": ("change", "turn", "transform"),
     "PAINT": ("make", "paint", "color", "turn"),
     "MOVE": ("move", "shift", "bring", "push", "take"),
@@ -19,7 +19,7 @@ VERBS: Mapping[str, tuple[str, ...]] = {
     "REDRAW": ("redraw", "draw", "render", "repaint", "show"),
     "PICTURE": ("picture", "image", "scene"),
     "BACKGROUND": ("background", "backdrop"),
-    "STYLE": ("style", "manner", "look"),
+    "STYLE": ("style", "look"),
     "MARKED": ("marked", "highlighted"),
     "POLITE": ("", "", "", "", "please ", "now ", "could you ", "I want you to "),
 }
@@ -35,7 +35,7 @@ TEMPLATES: Mapping[str, tuple[str, ...]] = {
     "remove": (
         "{REMOVE} {it}",
         "{REMOVE} {it} from the {PICTURE}",
-        "the {PICTURE} without {it}",
+        "show the {PICTURE} without {it}",
         "make {it} disappear",
         "there should be no {noun} any more",
     ),
@@ -67,14 +67,14 @@ TEMPLATES: Mapping[str, tuple[str, ...]] = {
     "move": (
         "{MOVE} {it} to the {position}",
         "{it} should be {at}",
-        "{ADD} {it} {at} instead",
+        "put {it} {at} instead",
         "{MOVE} {it} so that it is {at}",
     ),
     "exchange": (
         "let {it} and {other} change places",
         "exchange the places of {it} and {other}",
         "swap {it} and {other}",
-        "{ADD} {it} where {other} is, and the other way around",
+        "put {it} in the place of {other}, and the other way around",
     ),
     "count": (
         "there are now {number} {nouns}",
@@ -92,7 +92,7 @@ TEMPLATES: Mapping[str, tuple[str, ...]] = {
     ),
     "photo": (
         "use the second {PICTURE} as the {BACKGROUND}",
-        "{ADD} what is in the first {PICTURE} in front of the second one",
+        "put what is in the first {PICTURE} in front of the second one",
         "{REPLACE} the {BACKGROUND} with the second {PICTURE}",
         "the second {PICTURE} should be behind everything",
     ),
@@ -140,25 +140,25 @@ TEMPLATES: Mapping[str, tuple[str, ...]] = {
     "elsewhere": (
         "{SHOW} {this} {where}",
         "{this} {where}",
-        "{ADD} {this} {where}",
+        "put {this} {where}",
         "bring {this} to another place: {where}",
     ),
     "beside": (
-        "{SHOW} {this} beside {new}",
-        "{this} next to {new}",
-        "{SHOW} {this} together with {new} on the right",
-        "{this} has met {new}",
+        "{SHOW} {this} beside {new}{where}",
+        "{this} next to {new}{where}",
+        "{SHOW} {this} together with {new} on the right{where}",
+        "{this} meets {new}{where}",
     ),
     "at a size": (
-        "{SHOW} {this} very {size} {where}",
+        "{SHOW} {this} {size} {where}",
         "{this}, but {size}, {where}",
-        "a {size} version of {this} {where}",
+        "{SHOW} {this} {where}, {size} this time",
     ),
     "together": (
         "{SHOW} {this} and {other} together {where}",
         "{this} of the first {PICTURE} and {other} of the second meet {where}",
         "{this} on the left and {other} on the right, {where}",
-        "{ADD} both of them together {where}",
+        "put both of them together {where}",
     ),
     "marked remove": (
         "{REMOVE} {meant}",
@@ -235,7 +235,18 @@ def write(draw: Draw, instruction: str, given: Mapping[str, str]) -> str:
 # Templates that start with a verb may be preceded by a polite word.
 _OPENINGS = (
     *("{REPLACE}", "{CHANGE}", "{REMOVE}", "{ADD}", "{PAINT}", "{MOVE}", "{SHOW}", "{WRITE}"),
-    *("{REDRAW}", "make ", "change ", "fix ", "enlarge ", "shrink ", "use ", "swap ", "let "),
+    *(
+        "{REDRAW}",
+        "make ",
+        "put ",
+        "change ",
+        "fix ",
+        "enlarge ",
+        "shrink ",
+        "use ",
+        "swap ",
+        "let ",
+    ),
 )
 
 

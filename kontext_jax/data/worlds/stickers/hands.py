@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 MARGIN_PX = 4
-_PIXEL_ART_SIDE = 17
+PIXEL_ART_SIDE = 15
 _PAPER = np.float32((252, 249, 240))
 _INK = np.float32((45, 42, 60))
 
@@ -22,9 +22,9 @@ def fit(picture: Image.Image, side_px: int) -> np.ndarray:
 
 
 def pixel_art(picture: Image.Image) -> np.ndarray:
-    """A drawing in 17 × 17 squares of few colours: uint8 [side, side, 4]."""
+    """A drawing in 15 × 15 squares of few colours: uint8 [side, side, 4]."""
     side_px = picture.width
-    small = picture.resize((_PIXEL_ART_SIDE, _PIXEL_ART_SIDE), Image.Resampling.BOX)
+    small = picture.resize((PIXEL_ART_SIDE, PIXEL_ART_SIDE), Image.Resampling.BOX)
     values = np.asarray(small).copy()
     values[..., :3] = np.rint(np.rint(values[..., :3] / 255.0 * 6) * (255 / 6))
     values[..., 3] = np.where(values[..., 3] > 110, 255, 0)

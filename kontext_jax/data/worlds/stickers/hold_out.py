@@ -7,6 +7,7 @@ instruction; words; photographs (those of `photos.PHOTOS` that are held out).
 import hashlib
 
 from kontext_jax.data import photos
+from kontext_jax.data.worlds.stickers.backdrops import PHOTO_NAMES
 from kontext_jax.data.worlds.stickers.catalogue import OBJECTS
 from kontext_jax.data.worlds.stickers.words import WORDS
 
@@ -55,4 +56,5 @@ def is_held_out_word(word: str) -> bool:
 
 def photo_names(held_out: bool) -> tuple[str, ...]:
     """Names of the photographs that are held out, or of those that are not."""
-    return tuple(photo.name for photo in photos.photos_of(photos.HELD_OUT if held_out else "train"))
+    of_split = photos.photos_of(photos.HELD_OUT if held_out else "train")
+    return tuple(photo.name for photo in of_split if photo.name in PHOTO_NAMES)

@@ -84,8 +84,11 @@ class Draw:
         x, y = self.rng.integers(-most, most + 1, 2)
         return int(x), int(y)
 
-    def angle(self) -> int:
-        return int(self.rng.integers(-25, 26)) if self.chance(0.35) else 0
+    def angle(self, hand: str) -> int:
+        """Degrees; pixel art stands upright, since its squares do."""
+        if hand == "pixel" or not self.chance(0.35):
+            return 0
+        return int(self.rng.integers(-25, 26))
 
     def colours_of(self, sticker: Sticker) -> tuple[str, ...]:
         """Other colours that an object can be given."""
@@ -120,7 +123,7 @@ class Draw:
                 Sticker(
                     *(name, hand, cell, size),
                     shift=self.shift(),
-                    angle=self.angle(),
+                    angle=self.angle(hand),
                     flip=self.chance(0.5),
                 )
             )

@@ -56,7 +56,7 @@ def _winter(pixels: np.ndarray) -> np.ndarray:
 
 def _rain(pixels: np.ndarray) -> np.ndarray:
     wet = _grade(pixels, (0.66, 0.72, 0.8), 0.6, 4)
-    drops = 0.55 * _specks(len(pixels), 80, 46, 5)
+    drops = 0.5 * _specks(len(pixels), 56, 46, 5)
     return _rounded(wet + drops * (np.float32((215, 228, 245)) - wet))
 
 

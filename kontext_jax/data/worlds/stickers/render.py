@@ -10,7 +10,7 @@ from kontext_jax.data.worlds.stickers.colours import main_hue, recolour
 from kontext_jax.data.worlds.stickers.cues import draw_cue
 from kontext_jax.data.worlds.stickers.drawings import SIDE_PX as DRAWN_PX
 from kontext_jax.data.worlds.stickers.drawings import Drawings
-from kontext_jax.data.worlds.stickers.hands import MARGIN_PX
+from kontext_jax.data.worlds.stickers.hands import MARGIN_PX, PIXEL_ART_SIDE
 from kontext_jax.data.worlds.stickers.looks import LOOKS
 from kontext_jax.data.worlds.stickers.scene import SIDE_PX, SIZES, Scene, Sign, Sticker
 from kontext_jax.data.worlds.stickers.signs import draw_sign
@@ -88,8 +88,11 @@ class Renderer:
         drawing = Image.fromarray(np.asarray(self.drawings.of(name, hand)))
         # The drawing's margin is no part of the object's size.
         length = self._scale * SIZES[size] * DRAWN_PX / (DRAWN_PX - 2 * MARGIN_PX)
-        side = max(4, round(length))
-        drawing = drawing.resize((side, side), Image.Resampling.LANCZOS)
+        side, method = max(4, round(length)), Image.Resampling.LANCZOS
+        if hand == "pixel":  # all its squares have one size
+            side = PIXEL_ART_SIDE * max(1, round(length / PIXEL_ART_SIDE))
+            method = Image.Resampling.NEAREST
+        drawing = drawing.resize((side, side), method)
         if colour:
             drawing = recolour(drawing, hue_and_share(self.drawings, name, hand)[0], colour)
         if flip:

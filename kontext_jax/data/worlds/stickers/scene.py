@@ -7,7 +7,7 @@ import dataclasses
 from typing import Literal
 
 SIDE_PX = 128
-SIZES = {"small": 30, "medium": 42, "big": 58, "huge": 80}  # longer side of an object
+SIZES = {"small": 32, "medium": 42, "big": 58, "huge": 80}  # longer side of an object
 POSITIONS = (
     *("top left", "top", "top right"),
     *("left", "middle", "right"),

@@ -28,7 +28,8 @@ def draw_example(
     side = render.side_px
     draft = example.draft
     width = most_sources * (side + 4) + _ARROW_PX + side if most_sources else side
-    tile = Image.new("RGB", (width, side + _TEXT_PX), _PAPER)
+    text_px = _TEXT_PX if most_sources else 2 * _TEXT_PX
+    tile = Image.new("RGB", (width, side + text_px), _PAPER)
     draw = ImageDraw.Draw(tile)
     for number, source in enumerate(draft.sources):
         left = (most_sources - len(draft.sources) + number) * (side + 4)
@@ -36,8 +37,9 @@ def draw_example(
     tile.paste(Image.fromarray(render(draft.target)), (width - side, 0))
     font = ImageFont.load_default(12)
     if most_sources:
-        draw.text((width - side - _ARROW_PX, side // 2 - 9), "→", _INK, ImageFont.load_default(16))
-    lines = textwrap.wrap(draft.text + note, max(20, width // 6))[:3]
+        x, y = width - side - _ARROW_PX + 2, side // 2
+        draw.polygon([(x, y - 5), (x + 8, y), (x, y + 5)], _INK)
+    lines = textwrap.wrap(draft.text + note, max(20, width // 6))[: 3 if most_sources else 6]
     draw.multiline_text((0, side + 2), "\n".join(lines), _INK, font, spacing=2)
     return tile
 
