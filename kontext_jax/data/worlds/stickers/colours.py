@@ -69,6 +69,8 @@ def main_hue(rgba: np.ndarray) -> tuple[float, float]:
     counts = np.bincount((hue[colourful] // 6).astype(int) % 60, minlength=60)
     smooth = sum(np.roll(counts, by) for by in range(-4, 5))
     centre = 6.0 * int(smooth.argmax()) + 3
+    off = (hue - centre + 180) % 360 - 180
+    centre = (centre + float(off[colourful & (np.abs(off) < 27)].mean())) % 360
     near = colourful & (hue_distance(hue, centre) < _NEAR)
     return centre, float(near.mean())
 

@@ -124,20 +124,17 @@ def _map_pixels(file: Path, shape: list[int]) -> np.ndarray:
 def stand_in_drawings() -> Drawings:
     """Coloured shapes in place of drawings, and Pillow's own letters: to try things out."""
     y, x = np.mgrid[:SIDE_PX, :SIDE_PX] - (SIDE_PX - 1) / 2
-    radius = SIDE_PX / 2 - 6
+    distance, turn, radius = np.hypot(x, y), np.arctan2(y, x), SIDE_PX / 2 - 6
+    outlines = {n: radius * (0.8 + 0.2 * np.cos(n * turn)) for n in range(3, 9)}
     pixels = np.zeros((len(HANDS), len(OBJECTS), SIDE_PX, SIDE_PX, 4), np.uint8)
     for number, kind in enumerate(OBJECTS):
         rng = np.random.default_rng(int(kind.code.split("-")[0], 16))
-        corners = rng.integers(3, 9)
-        colours = rng.integers(30, 230, (2, 3))
-        turn = np.arctan2(y, x)
-        outline = radius * (0.8 + 0.2 * np.cos(corners * turn))
-        inside = np.hypot(x, y) < outline
+        outline = outlines[int(rng.integers(3, 9))]
+        colours = np.uint8([[*rgb, 255] for rgb in rng.integers(30, 230, (2, 3))])
+        inside = distance < outline
         for hand in range(len(HANDS)):
-            part = np.hypot(x, y) < outline * (0.15 + 0.12 * hand)
-            rgb = np.where(part[..., None], colours[1], colours[0])
-            pixels[hand, number, ..., :3] = np.where(inside[..., None], rgb, 0)
-            pixels[hand, number, ..., 3] = np.where(inside, 255, 0)
+            pixels[hand, number][inside] = colours[0]
+            pixels[hand, number][distance < outline * (0.15 + 0.12 * hand)] = colours[1]
     return Drawings(pixels, {}, ("stand-ins, drawn by this package",))
 
 
