@@ -5,7 +5,7 @@ import functools
 import numpy as np
 from PIL import Image, ImageDraw
 
-from kontext_jax.data import photos
+from kontext_jax.data.worlds import photos
 from kontext_jax.data.worlds.stickers.colours import BACKDROP_COLOURS
 from kontext_jax.data.worlds.stickers.places import place_picture
 from kontext_jax.data.worlds.stickers.scene import Backdrop

@@ -45,7 +45,7 @@ class Drawings(NamedTuple):
     def identity(self) -> str:
         """Digest that changes when a drawing or font does."""
         content = hashlib.blake2b(digest_size=16)
-        content.update(np.ascontiguousarray(self.pixels[:, ::8]))
+        content.update(np.ascontiguousarray(self.pixels))
         for name, data in self.fonts.items():
             content.update(name.encode() + data)
         return content.hexdigest()
@@ -64,7 +64,7 @@ def drawings_file() -> Path:
     """$KONTEXT_JAX_STICKERS, or stickers.safetensors in the folder for compiled programs."""
     if given := os.environ.get(FILE_VARIABLE):
         return Path(given).expanduser()
-    from kontext_jax.compiling import default_cache_dir
+    from kontext_jax.runtime.programs import default_cache_dir
 
     return default_cache_dir() / "stickers.safetensors"
 

@@ -26,7 +26,7 @@ from kontext_jax.data.worlds.stickers.phrases import caption
 from kontext_jax.data.worlds.stickers.words import WORDS
 
 Split = Literal["train", "seen", "held_out", "any"]
-CAPTION = "caption"
+CAPTION, PICTURE = "caption", "picture"
 _MOST_ATTEMPTS = 50  # with one instruction: some have no held-out hand, for instance
 # What the "held_out" examples of a kind may show that training does not.
 NOVELTIES: dict[str, tuple[str, ...]] = {
@@ -37,6 +37,7 @@ NOVELTIES: dict[str, tuple[str, ...]] = {
     "character": ("object", "pair", "hand"),
     "cue": ("object", "pair", "hand"),
     CAPTION: ("object", "photo"),
+    PICTURE: ("object", "word", "photo"),
 }
 
 
@@ -44,6 +45,14 @@ def draw_caption(draw: Draw) -> Draft | None:
     """A picture and a full description of it."""
     scene = draw.scene(sign=0.2)
     return Draft(CAPTION, (), scene, caption(draw, scene))
+
+
+def draw_picture(draw: Draw) -> Draft | None:
+    """Any picture that edits start from or end with, marks included, for autoencoders."""
+    draft = draw.choose(tuple(KINDS[draw.choose(EDIT_KINDS)].values()))(draw)
+    if draft is None:
+        return None
+    return Draft(PICTURE, (), draw.choose((*draft.sources, draft.target)), "a picture")
 
 
 KINDS: dict[str, dict[str, Edit]] = {
@@ -54,8 +63,9 @@ KINDS: dict[str, dict[str, Edit]] = {
     "character": CHARACTER,
     "cue": CUE,
     CAPTION: {CAPTION: draw_caption},
+    PICTURE: {PICTURE: draw_picture},
 }
-EDIT_KINDS = tuple(kind for kind in KINDS if kind != CAPTION)
+EDIT_KINDS = tuple(kind for kind in KINDS if kind not in (CAPTION, PICTURE))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +82,7 @@ class World:
 WORLDS = {
     "edits": World(),
     "captions": World((CAPTION,)),
+    "pictures": World((PICTURE,)),
     **{kind: World((kind,)) for kind in EDIT_KINDS},
 }
 
@@ -141,7 +152,7 @@ class StickerExamples:
             return True
         if draft.novelties != ({novelty} if novelty else set()):
             return False
-        if novelty == "word":
+        if novelty == "word" and draft.words:
             return hold_out.is_held_out_word(draft.words[-1])
         if novelty != "object" or not draft.subjects:
             return True

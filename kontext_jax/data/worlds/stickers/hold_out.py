@@ -6,7 +6,7 @@ instruction; words; photographs (those of `photos.PHOTOS` that are held out).
 
 import hashlib
 
-from kontext_jax.data import photos
+from kontext_jax.data.worlds import photos
 from kontext_jax.data.worlds.stickers.backdrops import PHOTO_NAMES
 from kontext_jax.data.worlds.stickers.catalogue import OBJECTS
 from kontext_jax.data.worlds.stickers.words import WORDS
