@@ -4,7 +4,7 @@ Downloads the packages of `packages.py` by name (`npm pack`), checks the digest 
 the licence that it states, renders the objects of `catalogue.py` (resvg) and writes one file, 82 MB
 in size, outside of the repository. Nothing that a package holds is run. Takes about a minute.
 
-    pip install resvg-py                                        npm must be there, too
+    pip install -e '.[stickers,photos]'                         npm must be there, too
     python -m kontext_jax.data.worlds.stickers.fetch [--archives DIR] [--out FILE]
 """
 
