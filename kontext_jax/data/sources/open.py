@@ -19,6 +19,7 @@ from kontext_jax.data.sources.examples import (
 )
 from kontext_jax.data.sources.folder import FolderSource
 from kontext_jax.data.sources.parquet import ParquetSource
+from kontext_jax.data.sources.stickers import StickerSource, is_stickers
 from kontext_jax.data.sources.tars import TarSource
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
@@ -57,7 +58,7 @@ def open_sources(
 
 def source_name(path: str) -> str:
     """What a source is called unless told: its folder, or its file without suffix."""
-    if is_scenes(path) or is_photos(path):
+    if is_scenes(path) or is_photos(path) or is_stickers(path):
         return path.replace(":", "-")
     root = epath.Path(path)
     if root.name in METADATA_FILES or "*" in root.name:
@@ -90,6 +91,8 @@ def open_source(
         return DrawnSource(path, name or source_name(path))
     if is_photos(path):
         return CropSource(path, name or source_name(path))
+    if is_stickers(path):
+        return StickerSource(path, name or source_name(path))
     root, columns, name = epath.Path(path), columns or ColumnNames(), name or source_name(path)
     if "*" in root.name:
         files = sorted(root.parent.glob(root.name))

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from kontext_jax.data.sources import stickers
+from kontext_jax.data.sources.open import open_sources
 from kontext_jax.data.sources.stickers import StickerSource
 from kontext_jax.data.worlds.stickers.drawings import stand_in_drawings
 
@@ -49,3 +50,9 @@ def test_identities_tell_what_differs():
 def test_what_a_path_must_say(path):
     with pytest.raises(ValueError, match="such as stickers:edits:train:512"):
         StickerSource(f"stickers:{path}", "s")
+
+
+def test_a_source_is_opened_by_its_path():
+    first, second = open_sources(["stickers:local:seen:3", "stickers:local:seen:3"])
+    assert (first.name, second.name) == ("stickers-local-seen-3", "stickers-local-seen-3.2")
+    assert isinstance(first, StickerSource) and len(first) == 3
