@@ -12,13 +12,16 @@ VERSION = "0.2.0"
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """Versions of Python and of those packages that are installed, by name."""
-    found = {"python": platform.python_version()}
-    for name in packages:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {name: version for name in packages if (version := _version(name)) is not None}
+    return {"python": platform.python_version()} | found
+
+
+@functools.cache  # a package's metadata takes a millisecond to read, and every result needs some
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @functools.cache
