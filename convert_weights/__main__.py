@@ -25,6 +25,7 @@ from kontext_jax.terminal import Progress, size_text
 from kontext_jax.weights.bundle import as_dtype
 from kontext_jax.weights.run import ITEM_OF, is_run
 
+PROG = "python -m convert_weights"
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -48,10 +49,10 @@ def parse_axes(text: str) -> tuple[int, ...]:
     return axes
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The command line's grammar and help."""
     parser = argparse.ArgumentParser(
-        prog="python -m convert_weights",
+        prog=prog,
         description="Moves FLUX weights between the published PyTorch layouts and ours.",
     )
     run = argparse.ArgumentParser(add_help=False)
@@ -76,12 +77,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="published weights → our directory",
         description="Converts published weights into our weight directory.",
         epilog="examples:\n"
-        "  python -m convert_weights to-jax FLUX.1-Kontext-dev/ --out weights/kontext\n"
-        "  python -m convert_weights to-jax flux1-kontext-dev.safetensors ae.safetensors \\\n"
+        f"  {prog} to-jax FLUX.1-Kontext-dev/ --out weights/kontext\n"
+        f"  {prog} to-jax flux1-kontext-dev.safetensors ae.safetensors \\\n"
         "      text_encoder/ text_encoder_2/ tokenizer/ tokenizer_2/ --out weights/kontext\n"
-        "  python -m convert_weights to-jax black-forest-labs/FLUX.1-schnell "
+        f"  {prog} to-jax black-forest-labs/FLUX.1-schnell "
         "--out weights/schnell\n"
-        "  python -m convert_weights to-jax runs/hats --out weights/hats",
+        f"  {prog} to-jax runs/hats --out weights/hats",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     jax.add_argument(
@@ -133,8 +134,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="a LoRA in one published layout → in another",
         description="Writes a LoRA file, or the adapters of a training run, in a published layout.",
         epilog="examples:\n"
-        "  python -m convert_weights lora ink.safetensors --layout kohya --out kohya.safetensors\n"
-        "  python -m convert_weights lora runs/hats --layout peft --out hats.safetensors",
+        f"  {prog} lora ink.safetensors --layout kohya --out kohya.safetensors\n"
+        f"  {prog} lora runs/hats --layout peft --out hats.safetensors",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     lora.add_argument("source", type=Path, metavar="SRC", help="a LoRA file or a training run")
@@ -158,8 +159,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="a point between two models of one size",
         description="Writes our weight directory with the transformer (1 − share)·A + share·B; all "
         "else, and how it is sampled, is B's. Both transformers are in memory.",
-        epilog="example:\n"
-        "  python -m convert_weights mix runs/teacher runs/student --share 0.75 --out weights/fast",
+        epilog=f"example:\n  {prog} mix runs/teacher runs/student --share 0.75 --out weights/fast",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     mixed.add_argument("a", metavar="A", help="a run's folder, our directory or published weights")
@@ -280,23 +280,32 @@ def _convert_run(args: argparse.Namespace, runs: list[str], dtype, start) -> Sum
     return run_to_torch(runs[0], args.out, args.layout, dtype, shard_bytes, **chosen)
 
 
+def run(args: argparse.Namespace) -> int:
+    """Runs one command; 0 is success, 1 a difference.
+
+    Raises:
+      ValueError, OSError: weights that cannot be read, do not fit, or cannot be written.
+    """
+    begin = time.perf_counter()
+    if args.command == "inspect":
+        _inspect(Console(), args)
+        return 0
+    if args.command == "check":
+        return _check(args)
+    if args.command == "lora":
+        _lora(args)
+        return 0
+    with _progress(args.command) as start:
+        summary = _convert(args, start)
+    print(_summary(summary, args.out, time.perf_counter() - begin))
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; 0 is success, 1 a difference or an error, told on standard error."""
     args = make_parser().parse_args(argv)
-    begin = time.perf_counter()
     try:
-        if args.command == "inspect":
-            _inspect(Console(), args)
-            return 0
-        if args.command == "check":
-            return _check(args)
-        if args.command == "lora":
-            _lora(args)
-            return 0
-        with _progress(args.command) as start:
-            summary = _convert(args, start)
-        print(_summary(summary, args.out, time.perf_counter() - begin))
-        return 0
+        return run(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:

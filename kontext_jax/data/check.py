@@ -24,14 +24,16 @@ from kontext_jax.data.filters import FilterError
 from kontext_jax.data.sources.folder import FolderSource
 from kontext_jax.terminal import Parser, did_you_mean
 
+PROG = "python -m kontext_jax.data.check"
+ESSENTIAL = ("--batch-size", "--resolution", "--quick", "--all", "--json")
 _TITLE = "target ← references"
 _BAR = 24  # characters of the longest bar
 _LISTED = 20  # samples of each reason
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
     """Prints what is found; returns the exit status."""
-    args = parse_arguments(_parser(), arguments)
+    args = parse_arguments(_parser(prog), arguments)
     fields = {field.name: getattr(args, field.name) for field in _options()}
     config = DataConfig(
         sources=tuple(args.sources), on_bad_sample="skip", verify=not args.quick, **fields
@@ -75,10 +77,11 @@ def parse_arguments(
     return args
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> Parser:
     parser = Parser(
         underscores=True,
-        prog="python -m kontext_jax.data.check",
+        essentials=ESSENTIAL,
+        prog=prog,
         description=__doc__.split(":")[0],
         allow_abbrev=False,
     )

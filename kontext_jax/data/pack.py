@@ -20,10 +20,10 @@ from kontext_jax.terminal import Parser
 def main(arguments: list[str] | None = None) -> int:
     """Writes the files; returns the exit status."""
     parser = Parser(
-        underscores=True,
         prog="python -m kontext_jax.data.pack",
         description=__doc__.split("\n")[0],
         allow_abbrev=False,
+        underscores=True,
     )
     parser.add_argument("sources", nargs="+", metavar="PATH", help="folders or files of examples")
     parser.add_argument(

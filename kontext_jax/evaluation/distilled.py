@@ -260,9 +260,12 @@ def sheet(drawn: Drawn, world: World, count: int) -> np.ndarray:
     return rows_sheet([e.text for e in examples], ends | results, right)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None, prog: str = "python -m kontext_jax.evaluation.distilled"
+) -> int:
+    """Runs the command line; the exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(
-        prog="python -m kontext_jax.evaluation.distilled",
+        prog=prog,
         description="Grades edits of models that are sampled in different ways, side by side.",
     )
     parser.add_argument(

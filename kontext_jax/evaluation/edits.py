@@ -290,9 +290,12 @@ def scenes_sheet(
     return contact_sheet([e.text for e in examples], rows, successes, columns)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None, prog: str = "python -m kontext_jax.evaluation.edits"
+) -> int:
+    """Runs the command line; the exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(
-        prog="python -m kontext_jax.evaluation.edits",
+        prog=prog,
         description="Edits procedural scenes and grades the results.",
     )
     parser.add_argument("--weights", required=True, help="a run's folder or a weight directory")

@@ -283,9 +283,12 @@ def write_report(
     write_png(out / "multi_turn.png", chart(report), {})
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None, prog: str = "python -m kontext_jax.evaluation.multi_turn"
+) -> int:
+    """Runs the command line; the exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(
-        prog="python -m kontext_jax.evaluation.multi_turn",
+        prog=prog,
         description="Edits scenes several times in a row and measures what is left of them.",
     )
     parser.add_argument(

@@ -272,10 +272,14 @@ def as_json(
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None, prog: str = "python -m kontext_jax.evaluation.reconstruction"
+) -> int:
+    """Runs the command line; the exit status: 0, or 2 for bad input."""
     parser = Parser(
-        prog="python -m kontext_jax.evaluation.reconstruction",
+        prog=prog,
         description="Measures an autoencoder by the pictures it gives back.",
+        underscores=True,
     )
     parser.add_argument("--weights", required=True, help="a run, a weight directory, or published")
     parser.add_argument("--preset", help="which model published weights are")
@@ -283,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num", type=int, default=4096, help="pictures at most")
     parser.add_argument("--seed", type=int, default=0, help="which of them, where there are more")
     parser.add_argument("--size", type=int, default=256, help="side of the pictures in pixels")
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args(argv)
@@ -302,7 +306,8 @@ def run(args: Any) -> int:
 
     for name in ("num", "size", "batch_size"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}; expected at least 1")
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} is {getattr(args, name)}; expected at least 1")
     pictures = open_pictures(args.images)
     names = choose(pictures.names, args.num, args.seed)
     bundle = open_weights(args.weights, args.preset, complete=False)

@@ -7,28 +7,33 @@ from kontext_jax.flow.names import SAMPLERS
 from kontext_jax.terminal import SETTING, Parser, split_settings
 
 STAGES = ("text", "encode", "prepare", "run", "decode")
+PROG = "python -m kontext_jax.plan"
+ESSENTIAL = ("--config", "--sample", "--topology", "--size", "--sweep")
 EPILOG = """examples:
-  python -m kontext_jax.plan --config configs/kontext_joint.py --topology v5p:4x4x4
-  python -m kontext_jax.plan --config configs/lora.py --topology h100 --config.batch_size=1
-  python -m kontext_jax.plan --config configs/kontext_joint.py --topology v5p:4x4x4 --sweep
-  python -m kontext_jax.plan --sample --topology v5p --size 1024x1024 --references 2
+  {prog} --config configs/kontext_joint.py --topology v5p:4x4x4
+  {prog} --config configs/lora.py --topology h100 --config.batch_size=1
+  {prog} --config configs/kontext_joint.py --topology v5p:4x4x4 --sweep
+  {prog} --sample --topology v5p --size 1024x1024 --references 2
 
 Nothing is executed: the figures are the compiler's for hardware that need not be here. docs/plan.md
 says what they mean. Exit status: 0 if it fits, 1 if not, 2 for bad input.
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(prog: str = PROG) -> Parser:
+    """The command line's grammar and help."""
     parser = Parser(
-        prog="python -m kontext_jax.plan",
+        prog=prog,
+        usage=f"{prog} --config FILE|--sample --topology NAME [options]",
         description="Memory and time of training or sampling on hardware that is not here.",
-        epilog=EPILOG,
+        epilog=EPILOG.format(prog=prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         prefixes=(SETTING,),
+        essentials=ESSENTIAL,
     )
     what = parser.add_argument_group("what to plan for")
-    what.add_argument("--config", metavar="FILE.py", help="a training config, see configs/")
+    what.add_argument("--config", metavar="FILE.py|NAME", help="a training config, see configs/")
     what.add_argument(
         "--config.KEY", metavar="VALUE", dest="_", help="changes a setting; may be repeated"
     )
@@ -95,11 +100,11 @@ def check_flags(args: argparse.Namespace, settings: list[tuple[str, str]]) -> No
         raise ValueError("--text and --check-dtypes are for one program, not for --sweep")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = PROG) -> int:
     """Runs the command line; the exit status."""
     try:
         words, settings = split_settings(sys.argv[1:] if argv is None else argv)
-        args = make_parser().parse_args(words)
+        args = make_parser(prog).parse_args(words)
         check_flags(args, settings)
         return run(args, settings)
     except KeyboardInterrupt:

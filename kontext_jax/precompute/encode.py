@@ -50,11 +50,14 @@ DATA_OPTIONS = (
 )
 
 
-def make_parser() -> argparse.ArgumentParser:
+PROG = "python -m kontext_jax.data.encode"
+
+
+def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
     parser = Parser(
         underscores=True,
-        prog="python -m kontext_jax.data.encode",
-        description=__doc__,
+        prog=prog,
+        description=__doc__.replace(PROG, prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -82,9 +85,9 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
     """Encodes what is missing in DIR; returns the status: 1 failed, 2 bad input."""
-    args = parse_arguments(make_parser(), arguments)
+    args = parse_arguments(make_parser(prog), arguments)
     try:
         encode(args)
     except (UnwritableError, FloatingPointError) as error:

@@ -50,11 +50,14 @@ from kontext_jax.weights.encoders import encoder_facts
 DEFAULT_GUIDANCE = 2.5
 
 
-def make_parser() -> argparse.ArgumentParser:
+PROG = "python -m kontext_jax.data.synthesize"
+
+
+def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
     parser = Parser(
         underscores=True,
-        prog="python -m kontext_jax.data.synthesize",
-        description=__doc__,
+        prog=prog,
+        description=__doc__.replace(PROG, prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -84,9 +87,9 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
     """Makes what is missing in DIR; returns the status: 1 failed, 2 bad input."""
-    args = parse_arguments(make_parser(), arguments)
+    args = parse_arguments(make_parser(prog), arguments)
     try:
         _check(args)
         synthesize(args)
