@@ -215,6 +215,21 @@ def test_metadata_notices_other_weights(cli, tmp_path):
     assert status == 2 and "give the same with --weights" in err
 
 
+def test_metadata_notices_other_versions_and_makes_the_picture(cli, tmp_path):
+    assert cli(*SMALL, "-o", "a.png")[0] == 0
+    metadata = images.read_metadata("a.png")
+    metadata["versions"] |= {"jax": "0.9.1", "flax": "0.11.0"}
+    images.write_png(tmp_path / "old.png", np.zeros((48, 64, 3), np.uint8), metadata)
+    status, out, err = cli("--from-metadata", "old.png", "-o", "b.png")
+    assert (status, err) == (0, "")
+    notes = [line for line in out.splitlines() if line.startswith("note: the last bits may differ")]
+    assert [note.split(": ")[-1].split(",")[0] for note in notes] == [
+        "flax 0.11.0 then",
+        "jax 0.9.1 then",
+    ]
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
 def test_jobs_are_told_line_by_line(cli, tmp_path):
     jobs = [
         {"prompt": "red", "images": ["in.png"], "output": "red.png"},

@@ -93,6 +93,18 @@ def test_whatever_a_program_depends_on_makes_another_one(start, monkeypatch):
     assert traced
 
 
+def test_a_program_of_other_versions_is_not_used_and_stays(start, monkeypatch):
+    first = start()[0](TREE, 2.0)
+    with monkeypatch.context() as other:
+        other.setattr(executable_files, "_versions", lambda: {"jax": "0.9.1", "jaxlib": "0.9.1"})
+        run, traced, told = start()
+        jax.tree.map(np.testing.assert_array_equal, run(TREE, 2.0), first)
+        assert (traced, told) == (["f"], [])
+    run, traced, told = start()
+    run(TREE, 2.0)
+    assert (traced, told) == ([], [])
+
+
 @pytest.mark.parametrize("damage", ["flipped", "cut", "renamed", "no header"])
 def test_a_damaged_file_is_told_of_and_made_anew(start, tmp_path, damage):
     start()[0](TREE, 2.0)
