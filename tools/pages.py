@@ -1,5 +1,9 @@
-"""Pages of docs/ into which tools write, beside what people wrote."""
+"""Pages of docs/ into which tools write, beside what people wrote.
 
+    python tools/pages.py docs/full-run.md suites LINE LINE …     writes lines between the marks
+"""
+
+import sys
 from pathlib import Path
 
 from kontext_jax.runtime.atomic import write_text
@@ -19,3 +23,8 @@ def insert(path: Path, parts: dict[str, list[str]]) -> None:
         head, rest = text.split(begin)
         text = head + begin + "\n".join(lines).rstrip() + "\n" + end + rest.split(end)[1]
     write_text(path, text)
+
+
+if __name__ == "__main__":
+    page, name, *lines = sys.argv[1:]
+    insert(Path(page), {name: lines})
