@@ -40,7 +40,7 @@ def read_component(
       path: a safetensors file, an index, or a folder that holds one set of tensors.
       kind: "mmdit", "vae", "t5" or "clip"; None where the file holds only one.
       config: its config, where neither shapes nor a config.json tell it.
-      dtype: of the parameters; None keeps the stored one.
+      dtype: dtype of the parameters; None keeps the stored one.
 
     Returns:
       (config, nested dict of NumPy arrays).

@@ -312,7 +312,7 @@ def open_components(
     """The components in one set of tensors: a file, an index, or a folder that holds one set.
 
     Args:
-      path: of the file or folder; a `config.json` beside it is read.
+      path: the file or folder; a `config.json` beside it is read.
       kind: accept only this component.
       config: its config, where neither shapes nor a `config.json` tell it.
       axes_dim: rotary axes, as `layouts.infer_config`.

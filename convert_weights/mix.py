@@ -38,8 +38,8 @@ def mix(
 
     Args:
       a, b: whatever `open_weights` takes.
-      share: of b, between 0 and 1.
-      dtype: of all parameters; None: as b has them.
+      share: share of b, between 0 and 1.
+      dtype: dtype of all parameters; None keeps b's.
       start: told the number of the transformer's bytes, returns the progress callback.
 
     Raises:

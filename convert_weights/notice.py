@@ -25,9 +25,9 @@ def notice_text(source: str, what: str, licence: str | None) -> str:
     """The NOTICE.
 
     Args:
-      source: where the weights came from.
+      source: origin of the weights.
       what: what was done to them.
-      licence: as `licence_of`.
+      licence: result of `licence_of`.
     """
     lines = [
         f"Source: {source}",

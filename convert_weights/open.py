@@ -20,7 +20,7 @@ def open_weights(
     Args:
       path: a folder, a file or a hub id.
       preset: which model published weights are, where names do not tell.
-      which, step: of a run, as `training_bundle.open_run`.
+      which, step: tree and step of a run, see `training_bundle.open_run`.
       complete: whether all networks and tokenizers must be there.
 
     Raises:

@@ -86,10 +86,10 @@ def dense(
     """The rows of a linear layer: `kernel` [*in, *out] ↔ `weight` [out, in], and its bias.
 
     Args:
-      path: of the layer in our tree.
+      path: path of the layer in our tree.
       in_axes: axes of the input in our layout; theirs are the same, fused.
       out_axes: axes of the output, likewise.
-      names: of the layer, without `.weight`, by naming.
+      names: names of the layer, without `.weight`, by naming.
       layers: dimension that counts a stack's layers.
       bias: whether there is one.
       ours_out: our order of the output axes, where it is not theirs.

@@ -37,8 +37,9 @@ def run_to_jax(
     Args:
       run: the run's folder.
       out: appears only when everything has been written.
-      dtype: of the parameters; None keeps the run's float32, or for adapters that of their base.
-      which, step: as `training_bundle.open_run`.
+      dtype: dtype of the parameters; None keeps the run's float32, or for adapters that of their
+        base.
+      which, step: tree and step of the run, see `training_bundle.open_run`.
       start: told the number of bytes, returns the progress callback.
 
     Raises:
@@ -113,8 +114,8 @@ def run_to_torch(
     """Writes the network that a run trained in a published layout, by way of our own.
 
     Args:
-      run, which, step: as `run_to_jax`.
-      out, layout, dtype, max_shard_bytes, start: as `to_torch`.
+      run, which, step: the run and what is taken of it, see `run_to_jax`.
+      out, layout, dtype, max_shard_bytes, start: the folder and its files, see `to_torch`.
 
     Raises:
       ValueError, OSError: and nothing is left on disk.

@@ -154,7 +154,7 @@ def find_model(
       path: a diffusers folder, a folder of BFL's files, one such file, or a hub id `owner/name`.
       kinds: the components wanted.
       complete: whether all of them and both tokenizers must be there.
-      axes_dim: as `layouts.infer_config`.
+      axes_dim: channels of the rotary axes, see `layouts.infer_config`.
 
     Raises:
       WeightMismatchError: something is missing (all of it named, with the places looked at), or is

@@ -127,7 +127,7 @@ def to_jax(
     Args:
       paths: files, folders or hub ids; together a model or parts of one.
       out: appears only when everything has been written.
-      dtype: of the parameters; None keeps the source's.
+      dtype: dtype of the parameters; None keeps the source's.
       preset: which model it is, where names do not tell.
       axes_dim: rotary axes, where heads are not 128 wide and there is no config.json.
       start: told the number of source bytes, returns the progress callback.

@@ -48,10 +48,10 @@ def to_torch(
     """Writes the weight directory `directory` in a published layout to the new folder `out`.
 
     Args:
-      directory: as `to_jax` wrote it, with all components or some.
+      directory: a folder that `to_jax` wrote, with all components or some.
       out: appears only when everything has been written.
       layout: "bfl" or "diffusers".
-      dtype: of the tensors; None keeps ours.
+      dtype: dtype of the tensors; None keeps ours.
       max_shard_bytes: largest file in the layout of diffusers and in text encoders' folders.
       start: told the number of bytes, returns the progress callback.
 
@@ -190,8 +190,8 @@ def foreign_config(config: Config, dtype: np.dtype) -> dict[str, Any]:
     """`config.json` as diffusers or transformers writes it.
 
     Args:
-      config: of the component.
-      dtype: of its tensors.
+      config: config of the component.
+      dtype: dtype of its tensors.
     """
     if isinstance(config, MMDiTConfig):
         return {

@@ -73,7 +73,7 @@ def criteria(report: Mapping, names: Mapping[str, str], steps: int) -> list[list
     """What was asked of the distilled models, found, and whether it is so: lines of a table.
 
     Args:
-      names: of rows, by what `table_rows` calls them.
+      names: titles of rows, by their names in `table_rows`.
     """
     lines = []
     for split, found in report["splits"].items():

@@ -42,7 +42,7 @@ class Command:
     """How a run is started.
 
     Attributes:
-      arguments: of the process; "{run}" stands for the run's folder.
+      arguments: arguments of the process; "{run}" stands for the run's folder.
       environment: beside this process's own.
     """
 
@@ -159,7 +159,7 @@ class Kill:
     """One SIGKILL and what came after.
 
     Attributes:
-      moment: where it was aimed.
+      moment: the moment it was aimed at.
       newest: finished step at that time.
       during_save: whether a checkpoint was begun and not finished.
       resumed: the step that the next start went on from; None: from the beginning.

@@ -49,8 +49,8 @@ def list_stages(runs: Path, part: float = 1.0, joint_steps: int = 3500) -> tuple
     """The stages in order.
 
     Args:
-      part: of all numbers of steps and examples; below 1 to try the commands out.
-      joint_steps: of the longest stage.
+      part: factor of all numbers of steps and examples; below 1 to try the commands out.
+      joint_steps: steps of the longest stage.
     """
 
     def count(whole: int, least: int = 8) -> int:

@@ -56,13 +56,13 @@ class Plan:
     """How long everything is.
 
     Attributes:
-      steps: of the runs from nothing.
-      more_steps: of those that go on from one.
-      seeds: of each of these.
-      judge_steps: of those that compare what judges in training.
-      judge_seeds: of each of these.
-      examples: of either kind that is trained on.
-      pictures: of either kind that is measured.
+      steps: steps of the runs from nothing.
+      more_steps: steps of the runs that go on from one.
+      seeds: number of seeds of each of these.
+      judge_steps: steps of the runs that compare judges in training.
+      judge_seeds: number of seeds of each of these.
+      examples: number of training examples of either kind.
+      pictures: number of measured pictures of either kind.
     """
 
     steps: int = 3000
@@ -84,7 +84,7 @@ class Arm:
 
     Attributes:
       label: in the table.
-      perceptual_net: of LPIPS; None: without.
+      perceptual_net: network of LPIPS; None: without.
       discriminator: whether there is a PatchGAN.
     """
 

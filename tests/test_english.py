@@ -8,11 +8,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# Rooms (tools/rooms.py) without a fragment, where none may come back.
-DONE: tuple[str, ...] = (
-    *("charts", "configs", "fields", "objectives", "plan", "runtime", "sampling", "training"),
-)
-
 SECTION = re.compile(r"^( *)(Args|Attributes|Returns|Raises|Yields):\s*$")
 ENTRY = re.compile(r"^( *)([*\w][\w*, ]*): +(.*)$")
 FRAGMENT = re.compile(r"(of|as|that|where|likewise)\b", re.IGNORECASE)
@@ -72,10 +67,10 @@ def fragments() -> dict[str, list[str]]:
     return found
 
 
-def test_no_fragments_where_they_are_gone():
+def test_no_entry_is_a_fragment():
     found = fragments()
-    assert not [line for room in DONE for line in found[room]]
-    assert set(DONE) <= rooms.FLOOR_OF.keys() | {"."}
+    assert len(found) > 10
+    assert not [line for lines in found.values() for line in lines]
 
 
 def test_fragments_are_found():

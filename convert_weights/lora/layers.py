@@ -26,7 +26,7 @@ class Slot:
     """One kernel of ours in a published layer: its sizes there, and its adapter's way here.
 
     Attributes:
-      path: of our module.
+      path: path of our module.
       has_bias: whether our module has one.
       sizes: published outputs and inputs of the kernel.
       our_shapes: input and output axes of our kernel.

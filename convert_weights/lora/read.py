@@ -99,12 +99,12 @@ def open_adapter(
     """The adapter in a LoRA file, or the one that a training run made.
 
     Args:
-      path: of the file, or the run's folder; it becomes the adapter's name.
-      configs: of the model's networks, by kind; "mmdit" at least.
-      which, step: of a run, as `training_bundle.open_run`.
+      path: the file, or the run's folder; it becomes the adapter's name.
+      configs: configs of the model's networks, by kind; "mmdit" at least.
+      which, step: tree and step of a run, see `training_bundle.open_run`.
 
     Raises:
-      WeightMismatchError: as `read_lora`; or the run adapted another model.
+      WeightMismatchError: `read_lora` raised it, or the run adapted another model.
       ValueError, OSError: the run cannot be read.
     """
     if not is_run(path):
@@ -132,7 +132,7 @@ def read_lora(path: str | Path, configs: Mapping[str, Config]) -> Adapter:
 
     Args:
       path: a safetensors file, or a folder that holds one.
-      configs: of the model's networks, by kind; "mmdit" at least.
+      configs: configs of the model's networks, by kind; "mmdit" at least.
 
     Raises:
       TensorFileError: the file is damaged, or holds NaN.

@@ -100,10 +100,10 @@ def write_lora(
     """Writes an adapter as one file in a published layout; the number of its values.
 
     Args:
-      path: of the file; it appears when all of it has been written.
+      path: name of the file; it appears when all of it has been written.
       layout: "peft", "kohya" or "bfl".
-      configs: of the networks it adapts.
-      dtype: of the tensors; None keeps the adapter's.
+      configs: configs of the networks that it adapts.
+      dtype: dtype of the tensors; None keeps the adapter's.
 
     Raises:
       FileExistsError: there is something at `path`.
@@ -151,7 +151,7 @@ def convert_lora(
     Args:
       base: the model it is for: a preset's name, or a path to weights; None: the one that a run
         says, else of the published size.
-      which, step: of a run, as `training_bundle.open_run`.
+      which, step: tree and step of a run, see `training_bundle.open_run`.
     """
     if base is None and is_run(source):
         base = open_run(source, which, step).settings["preset"]

@@ -107,7 +107,7 @@ def covering_box(picture: Size, size: Size, place: tuple[float, float] = (0.5, 0
     """The part of a picture that has the ratio of `size`, as fractions of its width and height.
 
     Args:
-      place: where the part lies in what it may move, 0 left or top, 1 right or bottom.
+      place: position of the part in the room it has, 0 left or top, 1 right or bottom.
     """
     ratio = (size[0] * picture[1]) / (size[1] * picture[0])
     width, height = min(1.0, ratio), min(1.0, 1 / ratio)
@@ -122,7 +122,7 @@ def crop_boxes(
 
     Args:
       pictures: sizes of the target and of the references.
-      place: as in `covering_box`.
+      place: position of the box, see `covering_box`.
     """
     shared = covering_box(pictures[0], kind.target, place)
     boxes = []

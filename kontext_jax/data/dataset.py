@@ -123,7 +123,7 @@ def open_dataset(
     """Opens the sources of a config and makes or reads their index.
 
     Args:
-      index_dir: where the index is kept unless `config.index_dir` says; None to keep none.
+      index_dir: folder of the index unless `config.index_dir` says; None to keep none.
       process_index, process_count, barrier: see `build_index`.
       tell: is given a line on what was found, by process 0 alone.
 

@@ -82,9 +82,9 @@ def build_index(
     """Reads the index of `sources`, and makes what of it is missing.
 
     Args:
-      index_dir: where it is kept; None to keep nothing.
+      index_dir: folder of the index; None to keep nothing.
       filter, verify: see `DataConfig`.
-      threads: that read at once.
+      threads: number of threads that read at once.
       process_index, process_count, barrier: with a barrier, every process makes its share of what
         is missing and waits for the others before it reads theirs.
 

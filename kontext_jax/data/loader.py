@@ -40,7 +40,7 @@ def make_loader(
 
     Args:
       batch_size: examples of a global batch.
-      seed: of order, mix, crops and flips.
+      seed: seed of order, mix, crops and flips.
       process_index, process_count: this process among those that take different examples.
       index_dir: see `open_dataset`; usually a folder of the run.
       barrier: waits for all processes; with it they share the making of the index.
@@ -146,8 +146,8 @@ class Loader:
     """`Batches` of `ImageBatch`es; see `make_loader`.
 
     Attributes:
-      counts: of samples that are not used, by reason, and of what happened since the start of this
-        process to the samples that it read.
+      counts: numbers of samples that are not used, by reason, and of what happened since the start
+        of this process to the samples that it read.
       order: the global batches.
       dataset: the examples.
     """

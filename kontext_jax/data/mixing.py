@@ -18,8 +18,8 @@ class MixedBatches:
 
     Args:
       parts: the streams; all are told to go on, and end, together.
-      shares: of the steps, one for each stream; they sum to 1.
-      seed: of the draws.
+      shares: each stream's share of the steps; they sum to 1.
+      seed: seed of the draws.
     """
 
     def __init__(self, parts: Sequence[Batches], shares: Sequence[float], seed: int):

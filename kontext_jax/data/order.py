@@ -46,7 +46,7 @@ class Order:
       kind_of: int [N], index into `kinds` of every example; -1 leaves it out.
       kinds: what the examples of a batch share.
       batch_size: examples of a global batch, B.
-      seed: of every draw.
+      seed: seed of every draw.
       fraction_with_references, reference_dropout: see `DataConfig`.
       repeats: float [N], how often an epoch shows each example; None for once.
 

@@ -31,7 +31,7 @@ def fit_pictures(
 
     Args:
       pictures: uint8 [height, width, 3] each, target first.
-      place: where to crop, see `crop_boxes`.
+      place: position of the crop, see `crop_boxes`.
     """
     sizes = [(picture.shape[1], picture.shape[0]) for picture in pictures]
     boxes = crop_boxes(sizes, kind, place)

@@ -145,8 +145,8 @@ def evaluate(
     Args:
       teacher: name of the row that the others are compared with; it is drawn first.
       count: edits of each split; half as many captions.
-      seed: of the examples, and the first of the noise.
-      num_seeds: of the noise, two or more.
+      seed: seed of the examples, and the first of the noise.
+      num_seeds: number of seeds of the noise, two or more.
       features: to measure distances by, of the first seed's pictures; None: leaves them out.
       keep: see `draw_row`.
 

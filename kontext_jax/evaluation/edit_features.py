@@ -24,7 +24,7 @@ class Features:
     """Distances by VGG16 with LPIPS's heads.
 
     Args:
-      params: of `perceptual_weights.load_perceptual`.
+      params: result of `weights.perceptual.load_perceptual`.
     """
 
     def __init__(self, params: Params):

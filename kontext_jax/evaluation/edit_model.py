@@ -19,8 +19,8 @@ class Model:
 
     Args:
       stages: stages of the model.
-      num_steps: of the sampler.
-      timesteps: where each step begins; None for the model's even or shifted grid.
+      num_steps: steps of the sampler.
+      timesteps: start of each step, falling from 1; None for the model's even or shifted grid.
       guidance: what networks that take it are given; others ignore it.
     """
 
@@ -74,7 +74,7 @@ class Model:
         Args:
           size: (width, height) of all pictures, in pixels.
           cfg: scale of guidance away from the empty prompt, with the reference; 1: none.
-          seed: of the noise; picture i gets seed + i.
+          seed: seed of the noise; picture i gets seed + i.
         """
         references = None if sources is None else self.encode(sources)
         return self.decode(self.draw(prompts, references, size, cfg, seed))

@@ -57,7 +57,7 @@ class Grade:
 
     Attributes:
       success: 1 or 0 of one try.
-      copied: likewise; the result reads as the source, which is not the target.
+      copied: 1 or 0, whether the result reads as the source although the target differs.
     """
 
     success: float
@@ -189,8 +189,8 @@ def evaluate(
 
     Args:
       count: edits of each split; half as many captions.
-      seed: of the examples, and the first of the noise.
-      num_seeds: of the noise.
+      seed: seed of the examples, and the first of the noise.
+      num_seeds: number of seeds of the noise.
       features: to measure distances by, of the first seed's pictures; None: leaves them out.
     """
     report, made = {}, {}

@@ -35,7 +35,7 @@ def line_chart(
     """The curves over the places of their points, with a legend: uint8 RGB [height, width, 3].
 
     Args:
-      unit: of the values, after the numbers of the axis.
+      unit: unit of the values, after the numbers of the axis.
       y_range: lowest and highest value; what lies outside is drawn at the edge.
       size: (width, height) of the chart without the legend, which is below it.
     """

@@ -175,7 +175,7 @@ def evaluate(
 
     Args:
       count: chains, two or more.
-      seed: of the chains and of the noise.
+      seed: seed of the chains and of the noise.
       keep: rows that are told to keep the picture, too.
 
     Raises:

@@ -68,7 +68,7 @@ def evaluate(
 
     Args:
       count: square crops of held-out photographs.
-      cfg, seed, num_seeds: as in `edits.evaluate`.
+      cfg, seed, num_seeds: the request and its seeds, see `edits.evaluate`.
     """
     source = PhotoSource("held_out", seed=seed, count=count, side_px=side_px, square=True)
     examples = [source[i] for i in range(count)]

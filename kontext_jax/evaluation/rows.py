@@ -24,7 +24,7 @@ class Row:
     """What is sampled; None leaves a choice to the model's card.
 
     Attributes:
-      name: of the row in tables.
+      name: name of the row in tables.
       weights: whatever --weights takes, or the name of a model in the package.
       cfg: scale of guidance away from the empty prompt, in two passes; 1: none.
     """
@@ -105,7 +105,7 @@ def open_rows(
 
     Args:
       open_weights: path or hub id → bundle.
-      dtype: as `Stages` takes it.
+      dtype: the dtype that networks compute in, see `Stages`.
 
     Raises:
       ValueError, OSError: weights cannot be opened, a model cannot be sampled so, or two rows have

@@ -54,7 +54,8 @@ def make_apg(parallel: float = 0.0, norm_limit: float = 0.0) -> GuideFn:
 
     Args:
       parallel: share of the difference along the clean estimate that is kept; 1: all of it.
-      norm_limit: of the difference of two clean estimates, over all tokens of a sample; 0: none.
+      norm_limit: largest norm of the difference of two clean estimates, over all tokens of a
+        sample; 0: none.
     """
 
     def apg(v_uncond, v_cond, x_t, t, guidance):

@@ -84,9 +84,9 @@ def sampling_schedule(
     """The times of a request: float32 [num_steps + 1], from 1 to 0.
 
     Args:
-      num_image_tokens: of the target, which the shift depends on.
+      num_image_tokens: number of tokens of the target, which the shift depends on.
       shifted: whether the model is sampled on the shifted grid.
-      timesteps: where each step begins, instead of an even or shifted grid.
+      timesteps: start of each step, instead of an even or shifted grid.
 
     Raises:
       ValueError: num_steps < 1, or timesteps are of another number of steps.

@@ -23,7 +23,8 @@ def clean_estimates(output: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
     """x̂0 of each of N grid times, float32 [B, N, L, C].
 
     Args:
-      output: of the network at (x, t), [B, L, N·C]: N velocities of each token, one after another.
+      output: the network's result at (x, t), [B, L, N·C]: N velocities of each token, one after
+        another.
       x: [B, L, C].
       t: [B].
 

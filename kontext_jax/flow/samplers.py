@@ -132,10 +132,10 @@ def renoise_sample(
 
     Args:
       words: uint32 [B, 2], `seed_words` of the seeds that drew x.
-      velocity_fn, x, timesteps, step_inputs, start, stop, euler_dtype: as in `euler_sample`.
+      velocity_fn, x, timesteps, step_inputs, start, stop, euler_dtype: see `euler_sample`.
 
     Raises:
-      ValueError: as `euler_sample`, or B differs between words and x.
+      ValueError: `euler_sample` would raise it, or B differs between words and x.
     """
     if words.shape != (x.shape[0], 2):
         raise ValueError(f"words are {list(words.shape)}; expected [{x.shape[0]}, 2], one a row")
@@ -168,10 +168,10 @@ def policy_sample(
 
     Args:
       velocity_fn: gives [B, L, N·C] for x [B, L, C].
-      x, timesteps, step_inputs, start, stop, euler_dtype: as in `euler_sample`.
+      x, timesteps, step_inputs, start, stop, euler_dtype: see `euler_sample`.
 
     Raises:
-      ValueError: as `euler_sample`, or the network's channels are no multiple of C.
+      ValueError: `euler_sample` would raise it, or the network's channels are no multiple of C.
     """
 
     def step(x, output, t, t_next, i, moved):

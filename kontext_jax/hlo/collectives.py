@@ -23,9 +23,9 @@ class Collective:
     """One collective of a program.
 
     Attributes:
-      kind: of `KINDS`.
-      dtype: of its arrays; the one with most bytes.
-      full_bytes: of the gathered arrays, or of those before they are reduced.
+      kind: one of `KINDS`.
+      dtype: dtype of its arrays; the one with most bytes.
+      full_bytes: bytes of the gathered arrays, or of those before they are reduced.
       link_bytes: what has to leave the device: (n − 1)/n of those in a group of n, twice for an
         all-reduce.
       role: "sync" stops the device until it is done; a "start" runs beside what follows until its

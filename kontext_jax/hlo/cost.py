@@ -50,7 +50,7 @@ class Op:
     """An operation of a program, all its executions together.
 
     Attributes:
-      category: of `CATEGORIES`.
+      category: one of `CATEGORIES`.
       source: JAX operation that it comes from.
       count: executions.
       estimated: whether the time is the compiler's; otherwise it is analytic.
@@ -115,8 +115,8 @@ class Estimate:
       seconds_by_category: see `CATEGORIES`; attention's kernels at the chip's peak.
       ops: costliest first.
       collectives: most bytes first.
-      attention_flops: of attention's kernels.
-      bytes: that kernels read and write; only where `analytic`.
+      attention_flops: operations of attention's kernels.
+      bytes: bytes that kernels read and write; only where `analytic`.
     """
 
     chip: str
@@ -160,7 +160,7 @@ def estimate(text: str, chip: Chip | str, unknown_trips: int = 1, slice_size: in
     """The cost of a program from its text, `Compiled.as_text()`.
 
     Args:
-      chip: that it is compiled for, or its name.
+      chip: the chip that it is compiled for, or its name.
       unknown_trips: iterations of loops whose number the text does not say, such as those over
         sampling steps.
       slice_size: devices of a slice or node; collectives whose groups go beyond go at the pace of

@@ -70,7 +70,7 @@ def _kernel_kind(label: str, makes_all: bool) -> str:
 
 
 def bytes_moved(program: Program, where: str, instruction: Instruction) -> float:
-    """Of a kernel: what it writes, and of what it reads the part that it uses."""
+    """Bytes that a kernel writes, plus those of its inputs that it reads."""
     given = program.operands(where, instruction)
     if instruction.op == "dynamic-update-slice":  # in place
         return 2 * num_bytes(given[1].shape) if len(given) > 1 else 0

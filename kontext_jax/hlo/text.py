@@ -165,7 +165,7 @@ class Program:
 
         Args:
           where: the computation it stands in.
-          arguments: of that computation, as a `Call` to it has them.
+          arguments: arguments of that computation, in the form that a `Call` to it has them.
         """
         if instruction.op == "while":
             return [self._loop(where, instruction, arguments)]

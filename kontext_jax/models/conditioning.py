@@ -84,7 +84,7 @@ def make_conditioning(
     Args:
       txt: [B, T, context_in_dim].
       vec: [B, vec_in_dim].
-      latent_height: of the target, even; likewise `latent_width`.
+      latent_height: rows of the target's latents, even; `latent_width` is its columns, even too.
       references: latents [1, h, w, Z], shared by the batch, or [B, h, w, Z]; any even sizes.
       guidance: the guidance input, one or [B]; None exactly for models that take none.
       numerics: precision of the rotary table.
@@ -237,7 +237,7 @@ def encode_batch(
     Under a mesh the batch may be split in any way: nothing here looks across examples.
 
     Args:
-      params: of the "vae", "t5" and "clip".
+      params: parameters of the "vae", "t5" and "clip".
       target: pictures whose sides are multiples of 16 pixels.
       contexts: references of any such sizes; none for text to image.
     """
@@ -271,7 +271,7 @@ def tokens_of(
     Without references the context is left out altogether, as in `make_conditioning`.
 
     Args:
-      encoded: of latents with even sides.
+      encoded: a batch whose latents have even sides.
       null_txt: features of the empty prompt, from `null_text`; likewise `null_vec`.
 
     Raises:

@@ -44,7 +44,7 @@ class LoraConfig:
     """Which adapters to train.
 
     Attributes:
-      rank: of every adapter.
+      rank: rank of every adapter.
       alpha: the change is multiplied by alpha / rank; alpha = rank leaves it as it is.
       targets: names of `TARGETS` or patterns of modules, as `fnmatch` understands them:
         "single_blocks/*", "double_blocks/img_attn/[qv]".
@@ -93,7 +93,7 @@ def init_lora(config: LoraConfig, params: Params, key: jax.Array) -> Params:
     """Fresh float32 adapters: a from N(0, 1/rank²) as diffusers' script draws it, b zero.
 
     Args:
-      params: of the transformer, or their shapes.
+      params: parameters of the transformer, or their shapes.
     """
     shapes, leaves = linear_modules(params), {}
     for index, module in enumerate(targeted_modules(config.targets, params)):

@@ -324,7 +324,7 @@ class MMDiT(nn.Module):
           img: [B, L, in_channels], target tokens first, then those of the references.
           txt: [B, T, context_in_dim] T5 features.
           pe: rotary table [2, T + L, Dh/2] or [B, 2, T + L, Dh/2], text first.
-          modulation: of `modulation`, leaves [B, …].
+          modulation: result of `modulation`, leaves [B, …].
 
         Raises:
           ValueError: if pe does not have one position per token.
@@ -353,7 +353,7 @@ class MMDiT(nn.Module):
         Other arguments as in `denoise`. The single blocks do not run where no tap is among them.
 
         Raises:
-          ValueError: as `denoise`, or a tap is no block of this model.
+          ValueError: `denoise` would raise it, or a tap is no block of this model.
         """
         depth, num_single = self.config.depth, self.config.depth_single_blocks
         taps = self.taps

@@ -48,7 +48,7 @@ class Tokenizers:
     Args:
       t5: folder with `tokenizer.json`, or `spiece.model` alone; or the id of a repository on the
         Hugging Face hub.
-      clip: likewise, with `tokenizer.json`, or `vocab.json` and `merges.txt`.
+      clip: folder of CLIP's tokenizer, with `tokenizer.json`, or `vocab.json` and `merges.txt`.
     """
 
     def __init__(self, t5: str | Path, clip: str | Path):

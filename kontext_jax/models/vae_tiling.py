@@ -88,7 +88,7 @@ def vae_peak_bytes(
 
     Args:
         dtype: The compute dtype.
-        tile_px: As given to `decode_tiled`; None for the whole picture at once.
+        tile_px: side of a tile, see `decode_tiled`; None for the whole picture at once.
     """
     widths = [config.ch * mult for mult in config.ch_mult]
     cell = config.downsampling
@@ -205,7 +205,7 @@ def _over_tiles(
             brings.
         resampling: Size of the result in terms of the input's.
         groups: Also measure the result's statistics, for the group norm that follows.
-        out: Where to write the result, if not to a new array; may be a map without a halo.
+        out: the result's place, if it is no new array; may be a map without a halo.
 
     Returns:
         The resulting maps, and their statistics if `groups` is given.

@@ -70,7 +70,7 @@ def attention(
       segment_ids: int32 [B, S] of the queries and of the keys, not negative: tokens attend to those
         of their own id, of which every query needs one. Pass one array twice where queries and keys
         are the same tokens.
-      scale: of the scores; None for 1/sqrt(Dh).
+      scale: factor of the scores; None for 1/sqrt(Dh).
 
     Raises:
       NotImplementedError: if the named backend cannot do what is asked.

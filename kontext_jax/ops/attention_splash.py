@@ -59,7 +59,7 @@ def mha(
     """Attention of q over k and v: [B, H, S, Dh] → [B, H, S, Dh]; interpreted on CPU.
 
     Args:
-      segment_ids: of queries and keys, [B, S], not negative; None where all attend to all.
+      segment_ids: segments of queries and keys, [B, S], not negative; None where all attend to all.
       saved_name: for `jax.checkpoint`, of what the backward pass needs: output and log-sum-exp.
     """
     # Importing Pallas takes seconds; only programs that may run on a TPU pay for it.

@@ -32,7 +32,8 @@ def rope_table(
 
     Args:
       axes_dim: channels of a head that each axis owns; even, with sum Dh.
-      precision: of frequencies and angles; diffusers computes them in float64, BFL in float32.
+      precision: dtype of frequencies and angles; diffusers computes them in float64, BFL in
+        float32.
       ids_dtype: rounds the positions to this dtype first, as diffusers does (bfloat16 merges
         neighbours above 256); None leaves them.
 

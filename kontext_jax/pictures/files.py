@@ -136,7 +136,7 @@ def picture_size(file: BinaryIO, name: str) -> tuple[int, int]:
     A PNG may tell its orientation behind the pixels, where this does not look.
 
     Raises:
-      ValueError: as `decode_picture`, as far as the header tells.
+      ValueError: `decode_picture` would raise it, as far as the header tells.
     """
     with _opened(file, name) as image:
         width, height = image.size

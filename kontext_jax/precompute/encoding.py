@@ -36,10 +36,10 @@ class Networks:
     """The frozen encoders on this process's devices, for batches of one fixed size.
 
     Args:
-      bundle: where the weights are.
-      dtype: in which they compute, and of what they give.
+      bundle: the weights.
+      dtype: dtype in which they compute, and of their results.
       batch_size: split over the devices.
-      max_text_tokens: of T5.
+      max_text_tokens: longest text of T5 in tokens.
       tell: is given a line for each prompt that T5 sees only the beginning of.
 
     Raises:

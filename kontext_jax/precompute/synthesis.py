@@ -35,7 +35,7 @@ class Givens(Protocol):
     """What results are made from.
 
     Attributes:
-      ids: of the examples.
+      ids: names of the examples.
     """
 
     ids: Sequence[str]
@@ -105,8 +105,8 @@ class Recipe:
 
     Attributes:
       guidance: told to a model that takes it; the scale of classifier-free guidance for another.
-      num_steps: of Euler's method.
-      seed: of the noise, with the example's id and the variant.
+      num_steps: number of Euler's steps.
+      seed: seed of the noise, with the example's id and the variant.
     """
 
     guidance: float

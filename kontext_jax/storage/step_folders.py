@@ -66,7 +66,7 @@ def find_damage(
     """One line for everything about a finished checkpoint that is not as it was written.
 
     Args:
-      folder: of one step.
+      folder: folder of one step.
       items: look only at these items of the arrays, and at the small files; None: at everything.
       check_contents: whether to read the files rather than only their sizes.
     """

@@ -70,10 +70,10 @@ class Adapter:
     """A LoRA: changes by network ("mmdit", "clip", "t5").
 
     Attributes:
-      name: where it came from, for the user and for a picture's metadata.
-      sha256: of the file, or of the values.
-      layout: of the file.
-      dtype: that the file stores; the values here are float32.
+      name: origin of the adapter, for the user and for a picture's metadata.
+      sha256: hash of the file, or of the values.
+      layout: layout of the file.
+      dtype: dtype that the file stores; the values here are float32.
     """
 
     name: str
@@ -97,9 +97,9 @@ def adapter_from_tree(lora: Mapping[str, Any], alpha: float, name: str) -> Adapt
     """The transformer's adapter of a training run, layer by layer.
 
     Args:
-      lora: as `models.lora.init_lora` lays it out, on host or device.
-      alpha: of its config.
-      name: of the run.
+      lora: adapters in the tree of `models.lora.init_lora`, on host or device.
+      alpha: alpha of its config.
+      name: name of the run.
     """
     leaves = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(lora)}
     digest = hashlib.sha256(f"alpha {alpha}".encode())
@@ -130,7 +130,7 @@ def leaf_edits(changes: Sequence[tuple[Changes, float]]) -> dict[str, LeafEdit]:
     """What merging does to each leaf: functions of its float32 values, which they may overwrite.
 
     Args:
-      changes: of one network, each with its scale; they are added in this order.
+      changes: changes of one network, each with its scale; they are added in this order.
 
     Raises:
       ValueError: two of them replace the same parameter.

@@ -105,11 +105,12 @@ def as_dtype(dtype) -> np.dtype | None:
 
 @dataclasses.dataclass(frozen=True)
 class Listed:
-    """In place of a device for `place_leaves`: layers of some stacks become leaves of their own.
+    """Pass this instead of a device to `place_leaves` to unstack blocks while loading.
 
     Attributes:
-      stacks: first names of paths, whose leaves "stack/q" become "stack/0/q", "stack/1/q", ….
-      device: where to; if it decides by leaf, it sees the paths and shapes of single layers.
+      stacks: first names of paths; their leaves "stack/q" [N, …] become "stack/0/q", "stack/1/q", ….
+      device: destination of the leaves; if it decides by leaf, it sees the paths and shapes of
+        single layers.
     """
 
     stacks: tuple[str, ...]
@@ -185,7 +186,7 @@ def weights_identity(
     Training changes all of them, so they tell weights apart without reading gigabytes.
 
     Args:
-      shapes: of all leaves, by path.
+      shapes: shapes of all leaves, by path.
       read: gives the float32 values of a leaf.
     """
     digest = hashlib.sha256()
@@ -301,7 +302,7 @@ def write_manifest(
 
     Args:
       shift_timesteps: whether the model samples on the shifted grid; None leaves it to the preset.
-      defaults: of a request instead of the preset's, see `kontext_jax.model_card`.
+      defaults: defaults of a request instead of the preset's, see `kontext_jax.weights.card`.
 
     Raises:
       ValueError: a default does not exist, or its value is none.
@@ -386,7 +387,7 @@ def save_component(directory: str | Path, kind: str, config: Config, params: Par
     Args:
       directory: a weight directory or one to be.
       kind: "mmdit", "vae", "t5" or "clip".
-      config: of the network.
+      config: config of the network.
       params: nested dict of arrays, on host or device; each leaf is fetched when its turn comes.
 
     Raises:

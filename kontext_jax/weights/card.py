@@ -76,15 +76,15 @@ def check_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def defaults_of_run(settings: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of the preset that follow from what a training run was for, and from what.
+    """Sampling defaults implied by a run's objective and its start weights.
 
     Guidance that has been distilled into a network is not applied again, but what its base was
     guided by is what its input is given. What was distilled to few steps takes those, at the times
     and with the guidance that it was trained for.
 
     Args:
-      settings: of the run.
-      base: likewise of the weights it began from.
+      settings: settings of the run.
+      base: sampling defaults of the weights that it began from.
     """
     found = dict(base)
     objective = settings["objective"]

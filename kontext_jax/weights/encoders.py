@@ -20,7 +20,7 @@ def load_encoder_params(
     """Reads what `encode_batch` takes: text encoders in `dtype`, the small autoencoder in float32.
 
     Args:
-      device: where each leaf goes; the default device unless given.
+      device: destination of each leaf; the default device unless given.
     """
     stored = {"vae": jnp.float32, "t5": dtype, "clip": dtype}
     return {

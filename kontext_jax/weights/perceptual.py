@@ -93,8 +93,8 @@ def load_perceptual(
     """The float32 weights of "vgg16" or "alexnet", each leaf straight to its device.
 
     Args:
-      device: as `checkpoint.place_leaves` takes it.
-      folder: where they are; None: `perceptual_dir()`.
+      device: destination of the leaves, see `weights.bundle.place_leaves`.
+      folder: their folder; None: `perceptual_dir()`.
 
     Raises:
       TensorFileError: they are not there (the command that fetches them is named), or damaged.

@@ -64,7 +64,7 @@ class TrainedTree:
 
     Attributes:
       run: its folder.
-      step: of the checkpoint.
+      step: step of the checkpoint.
       item: "ema_params" or "params".
       settings: the run's, as `train_config.to_json` wrote them.
       leaves: shape and dtype by path.
@@ -130,7 +130,7 @@ class TrainedTree:
         """(path, array) of every leaf, sorted, a few in memory at once.
 
         Args:
-          dtype: of the arrays; None keeps the stored one.
+          dtype: dtype of the arrays; None keeps the stored one.
           sharding_of: path and shape → sharding; None: the first device.
         """
         batch: dict[str, jax.ShapeDtypeStruct] = {}
@@ -290,7 +290,7 @@ def training_bundle(
     that began from nothing gives the autoencoder alone.
 
     Args:
-      run, which, step, tell: as `open_run`.
+      run, which, step, tell: the run and what is taken of it, see `open_run`.
       open_weights: opens the weights that the run began from, and its encoders.
 
     Raises:

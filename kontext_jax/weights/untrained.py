@@ -71,7 +71,7 @@ def untrained_leaf(kind: str, path: str, shapes: Mapping[str, Any]) -> np.ndarra
     """The float32 values that `untrained_bundle` gives a parameter, drawn from its path.
 
     Args:
-      shapes: of the network's parameters by path; that of the bias tells a kernel's fan-in.
+      shapes: shapes of the network's parameters by path; that of the bias tells a kernel's fan-in.
     """
     shape = shapes[path].shape
     parent, _, name = path.rpartition("/")

@@ -40,7 +40,7 @@ class EncodedCache:
 
     Attributes:
       facts: what made the records.
-      ids: of the samples, sorted.
+      ids: names of the samples, sorted.
       kinds: sizes that samples share; `kind_of` [N] says which is whose.
 
     Raises:
@@ -148,10 +148,10 @@ class CachedBatches:
     Args:
       cache: the open folder.
       batch_size: examples of a global batch.
-      seed: of the order, see `order`.
+      seed: seed of the order, see `order`.
       fraction_with_references, reference_dropout: see `DataConfig`.
       process_index: which of `process_count` equal shares of a global batch to give.
-      threads: that read records.
+      threads: number of threads that read records.
       prefetch: batches to have ready.
 
     Attributes:

@@ -132,7 +132,7 @@ class SampleEntry:
     """What one must know of an encoded sample before reading it.
 
     Attributes:
-      id: of the sample in the data.
+      id: name of the sample in the data.
       variant: which of its crops.
       kind: sizes of its target and references in pixels.
       text: key of its prompt's features.

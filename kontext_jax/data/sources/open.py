@@ -81,7 +81,7 @@ def open_source(
     Args:
       columns: the columns that are named rather than found.
       name: comes before every id; `source_name` if empty.
-      index_dir: where the headers of tars are kept.
+      index_dir: folder in which the headers of tars are kept.
 
     Raises:
       FileNotFoundError: nothing there.

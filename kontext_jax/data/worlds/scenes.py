@@ -240,7 +240,7 @@ class SceneExample:
 
     Attributes:
       id: says how to draw it again.
-      kind: of edit, or "caption".
+      kind: kind of edit, or "caption".
       text: the instruction or caption.
       position: the cell that an edit of an object is about, where it is moved to; None otherwise.
       pairs: (shape, colour) of the objects that it is about, before and after.

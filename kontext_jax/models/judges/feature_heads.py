@@ -33,8 +33,8 @@ class FeatureHeadsConfig:
     """What the discriminator of LADD sees, and how large it is.
 
     Attributes:
-      blocks: of the teacher, after which a head looks, ascending from 0 over double and then single
-        ones; () for eight, evenly spaced with the last block among them.
+      blocks: the teacher's blocks after which a head looks, ascending from 0 over double and then
+        single ones; () for eight, evenly spaced with the last block among them.
       width: features of a head.
       num_layers: 3×3 convolutions of a head.
     """

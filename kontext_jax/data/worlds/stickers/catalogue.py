@@ -19,7 +19,7 @@ class Kind:
       code: Unicode code point of its drawings, in hexadecimal.
       name: noun in the singular.
       synonyms: other nouns for it.
-      plural: of the name.
+      plural: plural of the name.
       category: one of CATEGORIES.
     """
 

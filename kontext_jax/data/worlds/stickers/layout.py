@@ -51,7 +51,7 @@ class Draw:
     """Draws the parts of one example.
 
     Attributes:
-      rng: where all chance comes from.
+      rng: generator from which all chance comes.
       pool: what may be drawn.
       drawings: decides which colours an object can be given.
     """

@@ -73,7 +73,7 @@ class Backdrop:
 
     Attributes:
       kind: "plain", "gradient" and "pattern" are of `colours`; "place" and "photo" have a name.
-      name: of the place, the photograph, the pattern, or the gradient's direction.
+      name: name of the place, the photograph, the pattern, or the gradient's direction.
       colours: one name for "plain", two for "gradient" and "pattern".
       seed: for "photo", which crop of it is shown.
     """
