@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("kontext_jax", "convert_weights")
 FOLDERS = ("configs", "tools", "benchmarks", "experiments")
-FACE = "__init__"  # `import kontext_jax`
+FACE = "__init__"  # `import kontext_jax`, with what stands behind it in api.py
 
 # From the top down; a room imports from rooms on lower floors alone.
 FLOORS: dict[int, tuple[str, ...]] = {
@@ -69,7 +69,8 @@ def room_of_file(path: Path) -> str:
     """The room of a file: a folder, or a file without its suffix."""
     if path.parts[0] != "kontext_jax":
         return path.parts[0]
-    return path.parts[1].removesuffix(".py")
+    room = path.parts[1].removesuffix(".py")
+    return FACE if room == "api" else room
 
 
 def room_of_import(name: str, root: Path = ROOT) -> str | None:
@@ -78,7 +79,8 @@ def room_of_import(name: str, root: Path = ROOT) -> str | None:
     if package == "kontext_jax":
         # `from kontext_jax import x` means the room x, or a name of the face.
         places = [root / package / f"{rest[0]}{suffix}" for suffix in ("", ".py")] if rest else []
-        return rest[0] if any(place.exists() for place in places) else FACE
+        found = any(place.exists() for place in places) and rest[0] != "api"
+        return rest[0] if found else FACE
     return package if package in (*PACKAGES, "configs") else None
 
 

@@ -78,6 +78,13 @@ def open_weights(
     return open_any(weights, model, which="params" if raw_params else None, step=step)
 
 
+def packaged() -> tuple[str, ...]:
+    """Names of the models of the package."""
+    from kontext_jax.weights.bundle import PACKAGED
+
+    return tuple(PACKAGED)
+
+
 def model_of(recipe: "Recipe") -> str:
     """The model that a picture was made by, if it needed no --weights; else its preset."""
     from kontext_jax.weights import bundle as checkpoint

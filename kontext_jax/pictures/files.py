@@ -59,11 +59,11 @@ _ORIENTATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture as it is on disk, upright and in RGB."""
+    """A picture as it is on disk or in memory, upright and in RGB."""
 
     name: str  # as the user gave it
     pixels: np.ndarray  # uint8 [height, width, 3]
-    sha256: str  # of the file's bytes
+    sha256: str  # of the file's bytes; in memory, of the pixels
     notes: tuple[str, ...]  # what was done to get here: "first of 5 frames", "CMYK → RGB", …
 
     @property
@@ -101,6 +101,34 @@ def load_picture(path: str | os.PathLike, name: str | None = None) -> Picture:
     return Picture(name, pixels, digest, notes)
 
 
+def picture_in_memory(image: Image.Image | np.ndarray, name: str) -> Picture:
+    """A picture that is no file, read as `load_picture` reads one; `image` stays as it is.
+
+    A PIL image of several frames gives its current one.
+
+    Raises:
+      ValueError: an array that is not uint8 [height, width, 3], a damaged picture, no pixels, or
+        more than MAX_PIXELS.
+    """
+    is_pil = isinstance(image, Image.Image)
+    if not is_pil and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3):
+        raise ValueError(
+            f"image {name} is {image.dtype} {list(image.shape)}; expected uint8 [height, width, 3]"
+        )
+    width, height = image.size if is_pil else image.shape[1::-1]
+    if not width * height:
+        raise ValueError(f"image {name} has no pixels: it is {width}×{height}")
+    if width * height > MAX_PIXELS:
+        raise ValueError(_too_large(name, width * height))
+    if is_pil:
+        with _named_errors(name):
+            pixels, notes = _upright_rgb(image, name)
+    else:
+        pixels, notes = np.array(image), ()
+    digest = hashlib.sha256(f"RGB {pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+    return Picture(name, pixels, digest, notes)
+
+
 def quiet_pillow() -> None:
     """Ignores Pillow's warnings: our own limit of pixels counts, and broken EXIF is no matter.
 
@@ -116,17 +144,23 @@ def decode_picture(file: BinaryIO, name: str) -> tuple[np.ndarray, tuple[str, ..
       ValueError: an empty file, no picture, a broken one, or more than MAX_PIXELS.
     """
     with _opened(file, name) as image:
-        notes = []
-        frames = getattr(image, "n_frames", 1)
-        if frames > 1:
-            notes.append(f"first of {frames} frames")
-        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-        image.load()
-        if orientation in _ORIENTATIONS:
-            image = ImageOps.exif_transpose(image)
-            notes.append(f"{_ORIENTATIONS[orientation]} (EXIF orientation {orientation})")
-        pixels, colour_note = _to_rgb(image, name)
-        notes += [colour_note] if colour_note else []
+        return _upright_rgb(image, name)
+
+
+def _upright_rgb(image: Image.Image, name: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Pixels uint8 [height, width, 3] of an opened picture, and notes as in `Picture`."""
+    notes = []
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1:
+        current = image.tell()
+        notes.append(f"{f'number {current + 1}' if current else 'first'} of {frames} frames")
+    orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    image.load()
+    if orientation in _ORIENTATIONS:
+        image = ImageOps.exif_transpose(image)
+        notes.append(f"{_ORIENTATIONS[orientation]} (EXIF orientation {orientation})")
+    pixels, colour_note = _to_rgb(image, name)
+    notes += [colour_note] if colour_note else []
     return pixels, tuple(notes)
 
 
@@ -152,25 +186,33 @@ def _opened(file: BinaryIO, name: str) -> Iterator[Image.Image]:
     if not file.read(1):
         raise ValueError(f"image {name} is an empty file (0 bytes); expected a picture file")
     file.seek(0)
+    with _named_errors(name):
+        try:
+            with Image.open(file, formats=FORMATS) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise ValueError(_too_large(name, width * height))
+                yield image
+        except Image.DecompressionBombError as error:
+            # Pillow refuses before it says a size, but counts the pixels in its message.
+            counted = re.search(r"(\d+) pixels", str(error))
+            raise ValueError(_too_large(name, int(counted[1]) if counted else None)) from error
+        except Image.UnidentifiedImageError as error:
+            file.seek(0)
+            head = file.read(16)
+            heic = head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"heif")
+            found = "is a HEIC picture" if heic else "is not a picture"
+            raise ValueError(
+                f"image {name} {found} that can be read; expected one of {', '.join(FORMATS)}: "
+                "save it as PNG or JPEG"
+            ) from error
+
+
+@contextlib.contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    """What decoders raise inside the block becomes a ValueError with the picture's name."""
     try:
-        with Image.open(file, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ValueError(_too_large(name, width * height))
-            yield image
-    except Image.DecompressionBombError as error:
-        # Pillow refuses before it says a size, but counts the pixels in its message.
-        counted = re.search(r"(\d+) pixels", str(error))
-        raise ValueError(_too_large(name, int(counted[1]) if counted else None)) from error
-    except Image.UnidentifiedImageError as error:
-        file.seek(0)
-        head = file.read(16)
-        heic = head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"heif")
-        found = "is a HEIC picture" if heic else "is not a picture"
-        raise ValueError(
-            f"image {name} {found} that can be read; expected one of {', '.join(FORMATS)}: "
-            "save it as PNG or JPEG"
-        ) from error
+        yield
     except ValueError as error:
         if str(error).startswith("image "):
             raise

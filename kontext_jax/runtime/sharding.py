@@ -129,6 +129,11 @@ def activation_rules(mesh: Mesh):
     return jax.set_mesh(mesh)
 
 
+def traced_on(mesh: Mesh):
+    """As `activation_rules`, for a part of a program that somebody else traces."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
 def mesh_axes(mesh: Mesh, name: str) -> tuple[str, ...]:
     """Axes of the mesh over which a logical axis should be split; those of size 1 are left out."""
     return tuple(axis for axis in MESH_AXES[name] if mesh.shape.get(axis, 1) > 1)

@@ -32,7 +32,7 @@ from kontext_jax.sampling.requests import PreparedRequest, request_to_dict
 from kontext_jax.sampling.stages import OnStep, Stages
 from kontext_jax.sampling.tiling import Tiling
 from kontext_jax.terminal import Tell
-from kontext_jax.types import Float, UInt8
+from kontext_jax.types import Array, Float, UInt8
 from kontext_jax.weights.bundle import ModelBundle
 
 METADATA_FORMAT = 1
@@ -212,52 +212,13 @@ class Pipeline:
     def _edit_batch(self, rows, places, texts, on_step) -> Iterator[Result]:
         first = rows[0].prepared
         numerics = first.numerics
-        width_px, height_px = first.sizes.output
-        noise_dtype = (
-            jnp.float32 if numerics.euler_dtype == "float32" else self.stages.compute_dtype
-        )
-        references = [
-            jnp.concatenate([self._encode_reference(row.prepared, i) for row in rows])
-            for i in range(len(first.pictures))
-        ]
+        references = self._encode_references(rows)
         for turn in range(1 + len(first.request.then)):
-            seeds = [_seed(row.prepared, row.image_index, turn) for row in rows]
-            noise = [
-                initial_noise(
-                    [seed],
-                    height_px // latents.VAE_FACTOR,
-                    width_px // latents.VAE_FACTOR,
-                    self.preset.vae.z_channels,
-                    noise_dtype,
-                )
-                for seed in seeds
-            ]
-            text = [texts[_prompts(row.prepared)[turn], first.request.text_mask] for row in rows]
-            negative = [
-                texts[row.prepared.request.negative_prompt, first.request.text_mask]
-                for row in rows
-                if row.prepared.request.negative_prompt is not None
-            ]
-            given = Denoising(
-                jnp.concatenate(noise),
-                _stacked(text),
-                first.request.num_steps,
-                sampler=first.request.sampler,
-                timesteps=first.request.timesteps,
-                seeds=seeds,
-                guidance=_column(row.prepared.request.guidance for row in rows),
-                references=references,
-                negative=_stacked(negative) if negative else None,
-                true_cfg_scale=_column(row.prepared.request.true_cfg_scale for row in rows),
-                numerics=numerics,
-                position_rule=first.request.position_rule,
-            )
+            given = self._denoising(rows, turn, texts, references)
             final = self.stages.denoise(given, on_step)
             for place, image in self._decode_places(final, places, numerics):
                 item = rows[place.row]
-                pixels = latents.model_to_pixels(image, numerics.uint8_rule)
-                if restore := item.prepared.sizes.restore:
-                    pixels = images.resize(pixels, *restore.size, box=restore.box)
+                pixels = self.picture(item.prepared, image)
                 metadata = self._metadata(item, turn, place)
                 yield Result(
                     item.request_index,
@@ -268,6 +229,68 @@ class Pipeline:
                     metadata,
                 )
             references = [final]
+
+    def denoising(self, prepared: PreparedRequest) -> Denoising:
+        """What the first turn of a request's first picture is sampled from, a batch of one."""
+        rows = [_Item(0, 0, prepared)]
+        return self._denoising(
+            rows, 0, self._encode_texts([prepared]), self._encode_references(rows)
+        )
+
+    def picture(
+        self,
+        prepared: PreparedRequest,
+        image: Float[np.ndarray, "height width 3"],
+    ) -> UInt8[np.ndarray, "written_height written_width 3"]:
+        """Pixels of a decoded picture, at the size that the request asks for."""
+        pixels = latents.model_to_pixels(image, prepared.numerics.uint8_rule)
+        if restore := prepared.sizes.restore:
+            pixels = images.resize(pixels, *restore.size, box=restore.box)
+        return pixels
+
+    def _denoising(self, rows, turn, texts, references) -> Denoising:
+        """What one turn of a batch is sampled from."""
+        first = rows[0].prepared
+        width_px, height_px = first.sizes.output
+        in_float32 = first.numerics.euler_dtype == "float32"
+        seeds = [_seed(row.prepared, row.image_index, turn) for row in rows]
+        noise = [
+            initial_noise(
+                [seed],
+                height_px // latents.VAE_FACTOR,
+                width_px // latents.VAE_FACTOR,
+                self.preset.vae.z_channels,
+                jnp.float32 if in_float32 else self.stages.compute_dtype,
+            )
+            for seed in seeds
+        ]
+        text = [texts[_prompts(row.prepared)[turn], first.request.text_mask] for row in rows]
+        negative = [
+            texts[row.prepared.request.negative_prompt, first.request.text_mask]
+            for row in rows
+            if row.prepared.request.negative_prompt is not None
+        ]
+        return Denoising(
+            jnp.concatenate(noise),
+            _stacked(text),
+            first.request.num_steps,
+            sampler=first.request.sampler,
+            timesteps=first.request.timesteps,
+            seeds=seeds,
+            guidance=_column(row.prepared.request.guidance for row in rows),
+            references=references,
+            negative=_stacked(negative) if negative else None,
+            true_cfg_scale=_column(row.prepared.request.true_cfg_scale for row in rows),
+            numerics=first.numerics,
+            position_rule=first.request.position_rule,
+        )
+
+    def _encode_references(self, rows) -> list[jax.Array]:
+        """Latents of each reference, the rows' in a batch."""
+        return [
+            jnp.concatenate([self.encode_reference(row.prepared, i) for row in rows])
+            for i in range(len(rows[0].prepared.pictures))
+        ]
 
     def _decode_places(self, final, places, numerics) -> Iterator[tuple[Place, np.ndarray]]:
         """The wanted pictures, as many at a time as devices share a batch."""
@@ -327,7 +350,10 @@ class Pipeline:
             self.stages.networks.drop("t5", "clip")
         return features
 
-    def _encode_reference(self, prepared: PreparedRequest, index: int) -> jax.Array:
+    def encode_reference(
+        self, prepared: PreparedRequest, index: int
+    ) -> Float[Array, "1 latent_height latent_width Z"]:
+        """Latents of a request's reference, at the size that its plan gives it."""
         fit = prepared.sizes.references[index]
         pixels = images.resize(prepared.pictures[index].pixels, *fit.size, box=fit.box)
         return self.stages.encode_picture(pixels, prepared.numerics)

@@ -7,10 +7,12 @@ run       noise, and the above → tokens after steps [start, stop)
 decode    latents              → picture
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 
 from kontext_jax.batches import Conditioning
@@ -26,8 +28,9 @@ from kontext_jax.models.vae import VAE
 from kontext_jax.numerics import Numerics
 from kontext_jax.runtime.placement import Placement
 from kontext_jax.runtime.programs import Program, precision_of
+from kontext_jax.runtime.sharding import traced_on
 from kontext_jax.sampling.denoising import DenoiseArrays, Text
-from kontext_jax.types import Params
+from kontext_jax.types import Params, VelocityFn
 
 
 class StagePrograms:
@@ -112,10 +115,7 @@ class StagePrograms:
 
         def make():
             def run(params, cond, negative, scale, words, x, timesteps, steps, start, stop):
-                velocity_fn = make_velocity_fn(model, params, cond)
-                if negative is not None:
-                    other = make_velocity_fn(model, params, _with_text(cond, negative))
-                    velocity_fn = guided_velocity_fn(velocity_fn, other, scale)
+                velocity_fn = _guided(model, params, cond, negative, scale)
                 return make_sampler(sampler, words)(
                     velocity_fn,
                     x,
@@ -130,6 +130,22 @@ class StagePrograms:
 
         key = "run", (model, numerics, sampler)
         return self._program(key, make, params, *arrays, steps, *bounds, batch_axis=0)
+
+    @functools.cached_property
+    def velocity(self) -> Callable[..., jax.Array]:
+        """(params, cond, negative, true_cfg_scale, x_t, t, step_input) → velocity as in `run`.
+
+        To be traced by any program: it brings its mesh and the precision of its products.
+        """
+        model, mesh, precision = self.mmdit, self._placement.mesh, precision_of(self.dtype)
+
+        def velocity(params, cond, negative, scale, x_t, t, step_input=None):
+            on_mesh = contextlib.nullcontext() if mesh is None else traced_on(mesh)
+            with on_mesh, jax.default_matmul_precision(precision):
+                velocity_fn = _guided(model, params, cond, negative, scale)
+                return velocity_fn(x_t, t, step_input)
+
+        return velocity
 
     def decode(self, vae: VAE, params: Params, x: Any, batch_axis: int | None) -> Program:
         """See `_program` for `batch_axis`."""
@@ -161,6 +177,17 @@ class StagePrograms:
             precision=precision_of(self.dtype if dtype is None else dtype),
             mesh=self._placement.mesh,
         )
+
+
+def _guided(
+    model: MMDiT, params: Params, cond: Conditioning, negative: Text | None, scale: Any
+) -> VelocityFn:
+    """The network's velocity; guided away from `negative` where there is such a text."""
+    velocity_fn = make_velocity_fn(model, params, cond)
+    if negative is None:
+        return velocity_fn
+    other = make_velocity_fn(model, params, _with_text(cond, negative))
+    return guided_velocity_fn(velocity_fn, other, scale)
 
 
 def _with_text(cond: Conditioning, text: Text) -> Conditioning:

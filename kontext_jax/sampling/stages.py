@@ -5,15 +5,17 @@ loading, compiling and computing are timed apart. What a stage compiles is in `p
 weights it takes in `networks`, when pictures are cut in `tiling`; here they meet.
 """
 
+import functools
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from kontext_jax.flow.samplers import make_sampler
 from kontext_jax.models.mmdit import ModulationVectors, block_form_for
 from kontext_jax.models.presets import Preset
 from kontext_jax.models.tokenizing import TextIds, Tokenizers
@@ -26,12 +28,12 @@ from kontext_jax.runtime.chips import chip_of
 from kontext_jax.runtime.placement import Placement, format_mesh
 from kontext_jax.runtime.program_files import ExecutableFiles
 from kontext_jax.runtime.programs import CompileOnly, Executables, Executor, Timings, precise
-from kontext_jax.sampling.denoising import Denoising, denoise_arrays
+from kontext_jax.sampling.denoising import DenoiseArrays, Denoising, denoise_arrays
 from kontext_jax.sampling.networks import LoadedNetworks, Networks, NetworkShapes
 from kontext_jax.sampling.programs import StagePrograms
 from kontext_jax.sampling.tiling import Tiling, tile_side
 from kontext_jax.terminal import Tell
-from kontext_jax.types import DTYPES, Array, Float, UInt8
+from kontext_jax.types import DTYPES, Array, Float, Params, Tokens, UInt8, VelocityFn
 from kontext_jax.weights.bundle import ModelBundle
 
 TILES_LATER = "the autoencoder's programs for tiles are compiled when they first run"
@@ -39,6 +41,25 @@ TILES_LATER = "the autoencoder's programs for tiles are compiled when they first
 OnStep = Callable[[int, int], None]
 """`on_step(done, num_steps)`, called as the run begins (done 0) and when a step's result exists."""
 Numbers = TypeVar("Numbers", jax.Array, np.ndarray)
+
+
+class OpenDenoising(NamedTuple):
+    """A sampling run with its parts in the open, as pure JAX.
+
+    Attributes:
+      noise: tokens [B, L, C] at time 1.
+      timesteps: float32 [N + 1], falling from 1 to 0.
+      velocity_fn: velocity of the tokens, guided if the request is. It is a pytree of weights and
+        conditioning, and so may be an argument of a program.
+      step_inputs: inputs of `velocity_fn` for all steps, computed in one product.
+      sampler: (velocity_fn, x, timesteps, step_inputs) → the state at the last of the times.
+    """
+
+    noise: Tokens
+    timesteps: Float[Array, " steps_and_1"]
+    velocity_fn: VelocityFn
+    step_inputs: Any
+    sampler: Callable[..., Tokens]
 
 
 class Stages:
@@ -163,18 +184,8 @@ class Stages:
           ValueError: B is not divisible by the parts into which the mesh splits a batch; or the
             network is not made for the sampler, the text, the references or the guidance.
         """
-        batch_size, latent_height, latent_width, _ = given.noise.shape
-        self._check_batch(batch_size)
-        self.preset.check_sampler(given.sampler)
-        params = self.networks.get("mmdit")
-        config = self._programs.mmdit.config
-        arrays = denoise_arrays(given, self.preset, config, self.compute_dtype)
-        placed = self.placement.place(arrays._replace(timesteps=None))
-        arrays = placed._replace(timesteps=arrays.timesteps)
-
-        prepare = self._executor.get(self._programs.prepare(params, arrays, given.numerics))
-        with self.timings.measure("denoise"):
-            steps = prepare(params, arrays.cond, arrays.negative, arrays.timesteps)
+        _, latent_height, latent_width, _ = given.noise.shape
+        params, arrays, steps = self._prepare(given)
         bounds = np.int32(0), np.int32(given.num_steps)
         run = self._executor.get(
             self._programs.run(params, arrays, steps, bounds, given.sampler, given.numerics)
@@ -186,6 +197,40 @@ class Stages:
                 x = self._step_by_step(run, params, arrays, steps, given.num_steps, on_step)
             x = self._finite(x, "denoised latents")
         return latents.unpack(x, latent_height, latent_width)
+
+    def _prepare(self, given: Denoising) -> tuple[Params, DenoiseArrays, Any]:
+        """What the program `run` takes: weights, arrays on their devices, inputs of all steps."""
+        self._check_batch(given.noise.shape[0])
+        self.preset.check_sampler(given.sampler)
+        params = self.networks.get("mmdit")
+        config = self._programs.mmdit.config
+        arrays = denoise_arrays(given, self.preset, config, self.compute_dtype)
+        placed = self.placement.place(arrays._replace(timesteps=None))
+        arrays = placed._replace(timesteps=arrays.timesteps)
+        prepare = self._executor.get(self._programs.prepare(params, arrays, given.numerics))
+        with self.timings.measure("denoise"):
+            return params, arrays, prepare(params, arrays.cond, arrays.negative, arrays.timesteps)
+
+    def open_denoising(self, given: Denoising) -> OpenDenoising:
+        """What `denoise` computes from, for a sampler outside.
+
+        Raises:
+          ValueError: see `denoise`.
+        """
+        params, arrays, steps = self._prepare(given)
+        return OpenDenoising(
+            noise=arrays.x,
+            timesteps=jnp.asarray(arrays.timesteps),
+            velocity_fn=jax.tree_util.Partial(
+                *(self._programs.velocity, params),
+                *(arrays.cond, arrays.negative, arrays.true_cfg_scale),
+            ),
+            step_inputs=steps,
+            sampler=functools.partial(
+                make_sampler(given.sampler, arrays.seed_words),
+                euler_dtype=given.numerics.euler_dtype,
+            ),
+        )
 
     @staticmethod
     def _step_by_step(run, params, arrays, steps, num_steps: int, on_step: OnStep) -> jax.Array:
