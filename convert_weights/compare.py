@@ -124,6 +124,8 @@ def describe(
             ("largest of ours", f"{largest.nbytes / 2**20:,.0f} MiB stacked"),
             ("config", component.config),
         ]
+        if isinstance(component, OwnComponent) and component.stays:
+            rows.append(("published layouts", f"none: {component.stays}"))
         if component.scaled:
             rows.append(("quantised", "8-bit weights with a scale each (ComfyUI)"))
         if isinstance(component, ForeignComponent) and component.ignored:

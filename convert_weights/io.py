@@ -4,6 +4,7 @@
 two methods, so that converting back, comparing and loading need not care which they hold.
 """
 
+import functools
 import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -265,14 +266,8 @@ class OwnComponent:
         self.config = checked_config(kind, checkpoint.read_config(directory, kind), str(self.path))
         self.reader = checkpoint.open_params(directory, kind)
         self.leaves = self.reader.tensors
-        self.plan = make_plan(
-            TABLES[kind].rows(self.config),
-            TABLES[kind].axis_sizes(self.config),
-            TABLES[kind].NAMINGS[0],
-        )
-        lines = difference_lines(
-            self.plan.leaves, {name: info.shape for name, info in self.leaves.items()}
-        )
+        self.stays = self._why_it_stays()
+        lines = [] if self.stays else self._differences()
         if lines:
             self.reader.close()
             raise WeightMismatchError(
@@ -280,6 +275,29 @@ class OwnComponent:
                 "(- missing, + unexpected):\n  " + "\n  ".join(lines)
             )
         self.sources = self.leaves
+
+    def _why_it_stays(self) -> str:
+        """Why no published layout can hold the network; "" if one can."""
+        try:
+            TABLES[self.kind].rows(self.config)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def _differences(self) -> list[str]:
+        """Lines for the leaves that the config asks for and the file lacks, or the reverse."""
+        found = {name: info.shape for name, info in self.leaves.items()}
+        return difference_lines(self.plan.leaves, found)
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """Every move between our layout and the first published naming.
+
+        Raises:
+          ValueError: no published layout can hold the network.
+        """
+        table = TABLES[self.kind]
+        return make_plan(table.rows(self.config), table.axis_sizes(self.config), table.NAMINGS[0])
 
     @property
     def num_parameters(self) -> int:

@@ -1,6 +1,6 @@
 """Pages of docs/ into which tools write, beside what people wrote.
 
-    python tools/pages.py docs/full-run.md suites LINE LINE …     writes lines between the marks
+python tools/pages.py docs/full-run.md suites LINE LINE …     writes lines between the marks
 """
 
 import sys

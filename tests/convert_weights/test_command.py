@@ -138,3 +138,11 @@ def test_help_names_what_it_takes(capsys, command):
         main([command, "--help"])
     assert error.value.code == 0
     assert "usage: python -m convert_weights" in capsys.readouterr().out
+
+
+def test_inspect_describes_a_model_that_no_published_layout_holds(capsys):
+    from kontext_jax.weights.bundle import PACKAGED
+
+    assert main(["inspect", str(PACKAGED["tiny"])]) == 0
+    assert "none: the autoencoder folds patches of 4×4" in " ".join(capsys.readouterr().out.split())
+    assert main(["to-torch", str(PACKAGED["tiny"]), "--layout", "diffusers", "--out", "x"]) != 0
