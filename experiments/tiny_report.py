@@ -36,7 +36,7 @@ from kontext_jax.sampling.stages import Stages
 from kontext_jax.storage import step_folders
 from kontext_jax.weights.perceptual import load_perceptual
 
-MARK = "<!-- results: written by tools/{} -->"
+MARK = "<!-- results: written by experiments/{} -->"
 DEMO = (  # image of the package, instruction
     ("example:cat", "make the picture gray"),
     ("example:cat", "tint the picture blue"),

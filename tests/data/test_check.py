@@ -94,7 +94,7 @@ def test_an_option_that_cannot_be_ends_it_with_status_2(tmp_path, capsys, argume
 
 def test_options_are_described_by_the_config(capsys):
     with pytest.raises(SystemExit):
-        check.main(["--help"])
+        check.main(["--help-all"])
     out = " ".join(capsys.readouterr().out.split())
     for option in check._options():
         assert f"--{option.name.replace('_', '-')} " in out
