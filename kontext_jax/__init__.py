@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         flow_matching,
         load,
         open_weights,
+        picture,
         predict,
         read_lora,
     )
@@ -59,6 +60,7 @@ __all__ = [
     "flow_matching",
     "load",
     "open_weights",
+    "picture",
     "predict",
     "read_lora",
 ]

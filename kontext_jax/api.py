@@ -70,6 +70,7 @@ __all__ = [
     "flow_matching",
     "load",
     "open_weights",
+    "picture",
     "predict",
     "read_lora",
 ]
@@ -439,6 +440,19 @@ class Pipe:
             results.append(result)
         results.sort(key=lambda result: (result.image_index, result.turn))
         return Output(prepared.request, tuple(results))
+
+
+def picture(source: PictureLike) -> Image.Image:
+    """A picture as calls take it: upright, 8-bit RGB, without transparency.
+
+    >>> import kontext_jax as kj
+    >>> kj.picture("example:cat").size
+    (451, 300)
+
+    Raises:
+      TypeError, ValueError, FileNotFoundError: it is no picture, or cannot be read.
+    """
+    return Image.fromarray(_read(source).pixels)
 
 
 def _read(picture: PictureLike) -> Picture:
