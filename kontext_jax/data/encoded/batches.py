@@ -6,13 +6,13 @@ sample's id and says its id itself, so latents, references and text always belon
 """
 
 import collections
-import concurrent.futures
 import hashlib
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import grain
 import numpy as np
 
 from kontext_jax.batches import EncodedBatch
@@ -25,7 +25,7 @@ from kontext_jax.data.encoded.folder import (
     read_null_text,
 )
 from kontext_jax.data.encoded.records import CacheError, SampleEntry, Shard, shard_paths
-from kontext_jax.data.order import Order, PlannedBatch, resumed_step, sample_places
+from kontext_jax.data.order import MANY_STEPS, Order, PlannedBatch, resumed_step, sample_places
 
 _MAX_OPEN_SHARDS = 256  # below the usual limits of open files
 
@@ -143,7 +143,7 @@ class EncodedCache:
 
 
 class CachedBatches:
-    """`Batches` of `EncodedBatch`es from a folder of encoded samples, read ahead by threads.
+    """`Batches` of `EncodedBatch`es from a folder of encoded samples; grain reads them ahead.
 
     Args:
       cache: the open folder.
@@ -151,8 +151,8 @@ class CachedBatches:
       seed: seed of the order, see `order`.
       fraction_with_references, reference_dropout: see `DataConfig`.
       process_index: which of `process_count` equal shares of a global batch to give.
-      threads: number of threads that read records.
-      prefetch: batches to have ready.
+      threads: number of threads that read; each makes a batch, so more than `prefetch` are idle.
+      prefetch: number of batches to have ready.
 
     Attributes:
       ids: sample ids of the batch given last, for whoever wants to look.
@@ -179,8 +179,7 @@ class CachedBatches:
                 f"batch_size {batch_size} is not divisible by the {process_count} processes that "
                 "share it"
             )
-        self._cache = cache
-        self._order = Order(
+        order = Order(
             cache.kind_of,
             cache.kinds,
             batch_size=batch_size,
@@ -196,11 +195,10 @@ class CachedBatches:
             "examples": cache.identity,
         }
         share = batch_size // process_count
-        self._rows = range(process_index * share, (process_index + 1) * share)
-        self._step, self._prefetch = 0, prefetch
-        self._readers = concurrent.futures.ThreadPoolExecutor(threads, "cache-record")
-        self._makers = concurrent.futures.ThreadPoolExecutor(1, "cache-batch")
-        self._ready: collections.deque[concurrent.futures.Future] = collections.deque()
+        rows = range(process_index * share, (process_index + 1) * share)
+        self._reader = _Reader(cache, order, rows)
+        self._threads, self._prefetch = threads, prefetch
+        self._step, self._batches = 0, None
         self.counts: dict[str, int] = {}
         self.ids: tuple[str, ...] = ()
 
@@ -208,10 +206,9 @@ class CachedBatches:
         return self
 
     def __next__(self) -> EncodedBatch:
-        while len(self._ready) <= self._prefetch:
-            step = self._step + len(self._ready)
-            self._ready.append(self._makers.submit(self._make, step))
-        self.ids, epoch, batch = self._ready.popleft().result()
+        if self._batches is None:
+            self._batches = self._start()
+        self.ids, epoch, batch = next(self._batches)
         self._step += 1
         self.counts["epochs"] = max(epoch + 1, self.counts.get("epochs", 0))
         return batch
@@ -221,23 +218,40 @@ class CachedBatches:
 
     def restore(self, state: dict[str, Any]) -> None:
         step = resumed_step(state, self._facts, "these encoded samples")
-        for future in self._ready:
-            future.cancel()
-        self._ready.clear()
+        self.close()
         self._step = step
 
     def close(self) -> None:
-        self._makers.shutdown(cancel_futures=True)
-        self._readers.shutdown(cancel_futures=True)
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
 
-    def _make(self, step: int) -> tuple[tuple[str, ...], int, EncodedBatch]:
+    def _start(self) -> grain.DatasetIterator:
+        """Batches from this step on, in order, whichever thread reads them."""
+        threads = grain.ReadOptions(
+            num_threads=min(self._threads, self._prefetch), prefetch_buffer_size=self._prefetch
+        )
+        batches = grain.MapDataset.source(self._reader)[self._step :]
+        return iter(batches.to_iter_dataset(threads))
+
+
+class _Reader:
+    """This process's part of all batches, by step: what grain calls a data source."""
+
+    def __init__(self, cache: EncodedCache, order: Order, rows: range):
+        self._cache, self._order, self._rows = cache, order, rows
+
+    def __len__(self) -> int:
+        return MANY_STEPS
+
+    def __getitem__(self, step: int) -> tuple[tuple[str, ...], int, EncodedBatch]:
+        """Sample ids, epoch and the batch of a step."""
         planned = self._order.batch(step)
         samples = planned.examples[self._rows.start : self._rows.stop]
-        rows = list(self._readers.map(lambda row: self._read(planned, row), self._rows))
-        ids = tuple(self._cache.ids[sample] for sample in samples)
-        return ids, planned.epoch, _stack(rows)
+        batch = _stack([self._read(planned, row) for row in self._rows])
+        return tuple(self._cache.ids[sample] for sample in samples), planned.epoch, batch
 
-    def _read(self, planned: PlannedBatch, row: int):
+    def _read(self, planned: PlannedBatch, row: int) -> tuple:
         sample = int(planned.examples[row])
         place, _, _ = sample_places(self._order.seed, planned.step, row)
         variant = int(place * self._cache.num_variants(sample))
