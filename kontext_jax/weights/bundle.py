@@ -108,7 +108,7 @@ class Listed:
     """Pass this instead of a device to `place_leaves` to unstack blocks while loading.
 
     Attributes:
-      stacks: first names of paths; their leaves "stack/q" [N, …] become "stack/0/q", "stack/1/q", ….
+      stacks: first names of paths; leaf "stack/q" [N, …] becomes "stack/0/q", "stack/1/q", ….
       device: destination of the leaves; if it decides by leaf, it sees the paths and shapes of
         single layers.
     """

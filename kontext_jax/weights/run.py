@@ -317,7 +317,7 @@ def training_bundle(
 
 
 def own_defaults(preset: Preset) -> dict[str, Any]:
-    """How a model is sampled where it differs from the preset that it is of."""
+    """Sampling defaults in which the model differs from its preset."""
     plain = PRESETS[preset.name]
     fields = ("shift_timesteps", *CHECKS)
     return {f: getattr(preset, f) for f in fields if getattr(preset, f) != getattr(plain, f)}
