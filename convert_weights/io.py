@@ -13,6 +13,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import Shaped
 
 from convert_weights.layouts import (
     QUANTISED_SUFFIXES,
@@ -208,7 +209,7 @@ class ForeignComponent:
 
     def read_source(
         self, name: str, rows: slice | None = None, scratch: Scratch | None = None
-    ) -> np.ndarray:
+    ) -> Shaped[np.ndarray, "..."]:
         """The published tensor `name`, or rows of it, as stored.
 
         Raises:
@@ -219,11 +220,15 @@ class ForeignComponent:
             raise NonFiniteError(self.where, [name])
         return array
 
-    def cast_source(self, name: str, source: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    def cast_source(
+        self, name: str, source: Shaped[np.ndarray, "*shape"], dtype: np.dtype
+    ) -> Shaped[np.ndarray, "*shape"]:
         """The published tensor `name`, or rows of it, in `dtype` and times its scale."""
         return cast(source, dtype, name, self._scales.get(name))
 
-    def read_slice(self, path: str, layer: int | None, dtype: np.dtype | None = None) -> np.ndarray:
+    def read_slice(
+        self, path: str, layer: int | None, dtype: np.dtype | None = None
+    ) -> Shaped[np.ndarray, "..."]:
         """The leaf `path`, or the slice of a stack at `layer`, in our layout."""
         move = self._by_leaf[path][layer or 0]
         out = np.empty(move.our_shape, dtype or self.leaves[path].dtype)
@@ -236,7 +241,7 @@ class ForeignComponent:
         source = self.cast_source(move.source, source, out.dtype)
         move.to_ours(source, out, has_region=rows is not None)
 
-    def read_leaf(self, path: str, dtype: np.dtype | None = None) -> np.ndarray:
+    def read_leaf(self, path: str, dtype: np.dtype | None = None) -> Shaped[np.ndarray, "..."]:
         """The whole leaf, stack included; its layers are read in `NUM_THREADS` threads."""
         info = self.leaves[path]
         out = np.empty(info.shape, dtype or info.dtype)
@@ -303,7 +308,9 @@ class OwnComponent:
     def num_parameters(self) -> int:
         return sum(int(np.prod(info.shape)) for info in self.leaves.values())
 
-    def read_slice(self, path: str, layer: int | None, dtype: np.dtype | None = None) -> np.ndarray:
+    def read_slice(
+        self, path: str, layer: int | None, dtype: np.dtype | None = None
+    ) -> Shaped[np.ndarray, "..."]:
         """The leaf `path`, or the slice of a stack at `layer`; valid until this thread's next."""
         rows = None if layer is None else slice(layer, layer + 1)
         array = self.reader.read(path, rows, self._scratch.buffer)

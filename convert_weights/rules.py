@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+from jaxtyping import Shaped
 
 Axes = tuple  # of axis names, or of tuples of them for dimensions that are kept together
 
@@ -150,7 +151,9 @@ class Move:
         """The region where it is a range of rows, so that nothing else need be read."""
         return self.region if self.region_axis == 0 else None
 
-    def their_view(self, tensor: np.ndarray, has_region: bool = False) -> np.ndarray:
+    def their_view(
+        self, tensor: Shaped[np.ndarray, "..."], has_region: bool = False
+    ) -> Shaped[np.ndarray, "..."]:
         """The region of a whole published `tensor` as a view with our atoms as axes."""
         if self.region is not None and not has_region:
             index = (slice(None),) * self.region_axis + (self.region,)
@@ -161,8 +164,11 @@ class Move:
         return view.transpose(self.permutation)
 
     def to_ours(
-        self, tensor: np.ndarray, out: np.ndarray | None = None, has_region: bool = False
-    ) -> np.ndarray:
+        self,
+        tensor: Shaped[np.ndarray, "..."],
+        out: Shaped[np.ndarray, "..."] | None = None,
+        has_region: bool = False,
+    ) -> Shaped[np.ndarray, "..."]:
         """Our slice, contiguous, from the published tensor (or already its region).
 
         Args:
@@ -175,7 +181,7 @@ class Move:
         tiled_copy(out.reshape(self.our_atoms), self.their_view(tensor, has_region))
         return out
 
-    def to_theirs(self, ours: np.ndarray, out: np.ndarray) -> None:
+    def to_theirs(self, ours: Shaped[np.ndarray, "..."], out: Shaped[np.ndarray, "..."]) -> None:
         """Writes our slice into its region of the published tensor `out`."""
         tiled_copy(self.their_view(out), ours.reshape(self.our_atoms))
 
@@ -289,7 +295,7 @@ def natural_key(name: str) -> list:
     return [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", name)]
 
 
-def tiled_copy(out: np.ndarray, source: np.ndarray) -> None:
+def tiled_copy(out: Shaped[np.ndarray, "*shape"], source: Shaped[np.ndarray, "*shape"]) -> None:
     """`out[...] = source`, in tiles that stay in cache where the two differ in their fastest axis.
 
     NumPy's own strided copy of a large transposition misses the cache at every element; going

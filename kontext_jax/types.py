@@ -12,7 +12,14 @@ Letters used in shape annotations:
     M       width of an MLP's hidden layer
     N       layers of a stack (scanned modules stack their parameters on axis 0)
     Z       latent channels of the autoencoder
+    half    Dh / 2, the pairs of channels that a rotation turns
+    pooled  width of the pooled text
+    rank    inner width of an adapter
     height, width   pixels or latent cells, as the name in front says
+    rows, columns   cells of a map that a network makes of another size
+    inputs, outputs, features   channels before and after a layer, or of text
+
+One letter may be another number in another function; within one it is the same throughout.
 """
 
 from collections.abc import Callable
@@ -21,7 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from beartype import beartype
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8, jaxtyped
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt, UInt8, jaxtyped
 
 Params = dict[str, Any]
 """A plain nested dict of arrays; the leaves of what Flax calls the "params" collection."""
@@ -62,7 +69,9 @@ __all__ = [
     "Latents",
     "Params",
     "RandomKey",
+    "Shaped",
     "Tokens",
+    "UInt",
     "UInt8",
     "VelocityFn",
     "typed",

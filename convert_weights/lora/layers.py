@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Float, Shaped
 
 from convert_weights.lora.table import XLABS, XLABS_SECTIONS
 from convert_weights.rules import Flip, Move, Part, Row, make_plan
@@ -57,21 +58,27 @@ class Slot:
             (self._moves[part, rank],) = plan.moves
         return self._moves[part, rank]
 
-    def a_to_ours(self, a: np.ndarray) -> np.ndarray:
+    def a_to_ours(self, a: Shaped[np.ndarray, "rank inputs"]) -> Shaped[np.ndarray, "*inputs rank"]:
         """[rank, in] → [*in, rank]."""
         return self._move("a", a.shape[0]).to_ours(a)
 
-    def b_to_ours(self, b: np.ndarray) -> np.ndarray:
+    def b_to_ours(
+        self, b: Shaped[np.ndarray, "outputs rank"]
+    ) -> Shaped[np.ndarray, "rank *outputs"]:
         """[out, rank] → [rank, *out]; a bias is a b of rank 1."""
         return self._move("b", b.shape[1]).to_ours(b)
 
-    def a_to_theirs(self, a: np.ndarray) -> np.ndarray:
+    def a_to_theirs(
+        self, a: Shaped[np.ndarray, "*inputs rank"]
+    ) -> Shaped[np.ndarray, "rank inputs"]:
         """[*in, rank] → [rank, in]."""
         out = np.empty((a.shape[-1], self.sizes[INPUTS]), a.dtype)
         self._move("a", a.shape[-1]).to_theirs(a, out)
         return out
 
-    def b_to_theirs(self, b: np.ndarray) -> np.ndarray:
+    def b_to_theirs(
+        self, b: Shaped[np.ndarray, "rank *outputs"]
+    ) -> Shaped[np.ndarray, "outputs rank"]:
         """[rank, *out] → [out, rank]."""
         out = np.empty((self.sizes[OUTPUTS], b.shape[0]), b.dtype)
         self._move("b", b.shape[0]).to_theirs(b, out)
@@ -104,7 +111,11 @@ class PublishedLayer:
             start = stop
 
     def split(
-        self, a: np.ndarray, b: np.ndarray, factor: float, bias: np.ndarray | None
+        self,
+        a: Float[np.ndarray, "rank inputs"],
+        b: Float[np.ndarray, "outputs rank"],
+        factor: float,
+        bias: Float[np.ndarray, " outputs"] | None,
     ) -> dict[str, LowRank]:
         """An adapter of this layer as adapters of our modules, by path.
 
@@ -142,7 +153,15 @@ class PublishedLayer:
 
     def join(
         self, changes: Mapping[str, LowRank]
-    ) -> tuple[np.ndarray, np.ndarray, float, np.ndarray | None] | None:
+    ) -> (
+        tuple[
+            Float[np.ndarray, "rank inputs"],
+            Float[np.ndarray, "outputs rank"],
+            float,
+            Float[np.ndarray, " outputs"] | None,
+        ]
+        | None
+    ):
         """Inverse of `split`: (a, b, factor, bias), or None if no slot has an adapter.
 
         Modules that share a, or b where the slots divide the inputs, keep their rank; others are
@@ -236,7 +255,7 @@ class PublishedLeaf:
     def shape(self) -> tuple[int, ...]:
         return (math.prod(self.move.their_atoms),)
 
-    def to_theirs(self, ours: np.ndarray) -> np.ndarray:
+    def to_theirs(self, ours: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
         """Our slice in the published layout."""
         out = np.empty(self.shape, ours.dtype)
         self.move.to_theirs(ours, out)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
 
 from convert_weights.compare import open_any
 from convert_weights.layouts import TITLES
@@ -24,7 +25,7 @@ LAYOUTS = tuple(table.WRITTEN)
 
 def lora_tensors(
     adapter: Adapter, layout: str, configs: Mapping[str, Config]
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+) -> tuple[dict[str, Float[np.ndarray, "..."]], dict[str, str]]:
     """The float32 tensors and the metadata of an adapter in a published layout.
 
     Neither BFL's files nor PEFT's have a place for alpha that all programs read, so there it is

@@ -28,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float, UInt8
 
 from kontext_jax.data.worlds.scenes import WORLDS, SceneExample, SceneSource, World, render
 from kontext_jax.evaluation import edits
@@ -51,7 +52,7 @@ class Drawn:
     pictures: Mapping[str, Sequence[np.ndarray]]
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
+def psnr(a: UInt8[np.ndarray, "height width 3"], b: UInt8[np.ndarray, "height width 3"]) -> float:
     """Of two pictures uint8, in dB, at most 60."""
     return edits.psnr_of(np.square(a.astype(np.float64) - b).mean())
 
@@ -65,7 +66,7 @@ def psnr_to(tries: Tries, others: Tries) -> list[float]:
     return list(np.mean(by_seed, axis=0))
 
 
-def spread(tries: Tries) -> np.ndarray:
+def spread(tries: Tries) -> Float[np.ndarray, " prompts"]:
     """Unbiased variance of each prompt's pictures over seeds, summed over pixels: [N].
 
     Raises:
@@ -77,7 +78,9 @@ def spread(tries: Tries) -> np.ndarray:
     return values.var(axis=0, ddof=1).sum(axis=(1, 2, 3))
 
 
-def share(spreads: np.ndarray, of: np.ndarray) -> dict[str, float] | None:
+def share(
+    spreads: Float[np.ndarray, " prompts"], of: Float[np.ndarray, " prompts"]
+) -> dict[str, float] | None:
     """Σ spreads / Σ of, with a bootstrap interval over prompts; None if `of` is nothing."""
     if not of.sum():
         return None
@@ -91,11 +94,11 @@ def share(spreads: np.ndarray, of: np.ndarray) -> dict[str, float] | None:
 def draw_row(
     row: OpenRow,
     prompts: Sequence[str],
-    sources: Sequence[np.ndarray] | None,
+    sources: Sequence[UInt8[np.ndarray, "height width 3"]] | None,
     size: tuple[int, int],
     seeds: Sequence[int],
     keep: Path | None = None,
-) -> tuple[list[list[np.ndarray]], float]:
+) -> tuple[list[list[UInt8[np.ndarray, "height width 3"]]], float]:
     """Pictures of every seed, and milliseconds for each of the last one's.
 
     Args:
@@ -245,7 +248,7 @@ def tables(report: Mapping) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def sheet(drawn: Drawn, world: World, count: int) -> np.ndarray:
+def sheet(drawn: Drawn, world: World, count: int) -> UInt8[np.ndarray, "height width 3"]:
     """Source, target and each row's result of the first edits."""
     examples = drawn.examples[:count]
     ends = {

@@ -15,7 +15,7 @@ import numpy as np
 
 from kontext_jax.models.judges.perceptual import VGG16, Perceptual
 from kontext_jax.pictures.latents import pixels_to_model
-from kontext_jax.types import Params
+from kontext_jax.types import Bool, Float, Params, UInt8
 
 BATCH = 50
 
@@ -40,9 +40,9 @@ class Features:
 
     def lpips_outside(
         self,
-        sources: Sequence[np.ndarray],
-        results: Sequence[np.ndarray],
-        changed: Sequence[np.ndarray],
+        sources: Sequence[UInt8[np.ndarray, "height width 3"]],
+        results: Sequence[UInt8[np.ndarray, "height width 3"]],
+        changed: Sequence[Bool[np.ndarray, "height width"]],
     ) -> list[float]:
         """LPIPS of each pair outside of what the edit changes.
 
@@ -55,7 +55,11 @@ class Features:
         ]
         return [float(x) for x in _in_batches(self._lpips, sources, shown)]
 
-    def mmd(self, results: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> float:
+    def mmd(
+        self,
+        results: Sequence[UInt8[np.ndarray, "height width 3"]],
+        targets: Sequence[UInt8[np.ndarray, "height width 3"]],
+    ) -> float:
         """Discrepancy of two sets of pictures of one size."""
         return polynomial_mmd(self._means_of(results), self._means_of(targets))
 
@@ -66,7 +70,7 @@ class Features:
         return self._known[digest]
 
 
-def polynomial_mmd(x: np.ndarray, y: np.ndarray) -> float:
+def polynomial_mmd(x: Float[np.ndarray, "n features"], y: Float[np.ndarray, "m features"]) -> float:
     """Unbiased squared MMD of samples [n, d] and [m, d]; near 0 for samples of one distribution.
 
     Raises:

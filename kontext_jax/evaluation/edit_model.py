@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from jaxtyping import Float, UInt8
 
 from kontext_jax.flow.names import Sampler
 from kontext_jax.flow.samplers import initial_noise
@@ -44,11 +45,15 @@ class Model:
         txt, vec = zip(*(self._texts[prompt] for prompt in prompts), strict=True)
         return np.concatenate(txt), np.concatenate(vec)
 
-    def encode(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+    def encode(
+        self, pictures: Sequence[UInt8[np.ndarray, "height width 3"]]
+    ) -> Float[np.ndarray, "pictures latent_height latent_width Z"]:
         """Latents [N, h/8, w/8, Z] of pictures uint8 [h, w, 3]."""
         return np.concatenate([self.stages.encode_picture(picture) for picture in pictures])
 
-    def decode(self, latents: np.ndarray) -> list[np.ndarray]:
+    def decode(
+        self, latents: Float[np.ndarray, "pictures latent_height latent_width Z"]
+    ) -> list[UInt8[np.ndarray, "height width 3"]]:
         """Inverse of `encode`, as far as the autoencoder goes."""
 
         def run(part: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -57,18 +62,20 @@ class Model:
 
         return _in_batches(run, list(latents))
 
-    def reconstruct(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def reconstruct(
+        self, pictures: Sequence[UInt8[np.ndarray, "height width 3"]]
+    ) -> list[UInt8[np.ndarray, "height width 3"]]:
         """Pictures through the autoencoder and back."""
         return self.decode(self.encode(pictures))
 
     def make(
         self,
         prompts: Sequence[str],
-        sources: Sequence[np.ndarray] | None,
+        sources: Sequence[UInt8[np.ndarray, "height width 3"]] | None,
         size: Size,
         cfg: float,
         seed: int,
-    ) -> list[np.ndarray]:
+    ) -> list[UInt8[np.ndarray, "height width 3"]]:
         """Pictures from prompts and, unless None, one reference each.
 
         Args:
@@ -82,11 +89,11 @@ class Model:
     def draw(
         self,
         prompts: Sequence[str],
-        references: np.ndarray | None,
+        references: Float[np.ndarray, "pictures latent_height latent_width Z"] | None,
         size: Size,
         cfg: float,
         seed: int,
-    ) -> np.ndarray:
+    ) -> Float[np.ndarray, "pictures latent_height latent_width Z"]:
         """As `make`, from latents [N, h/8, w/8, Z] of the references to those of the results."""
         preset = self.stages.preset
         columns, rows = (side // preset.vae.downsampling for side in size)

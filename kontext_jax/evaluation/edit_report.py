@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 TITLES = {"seen": "Seen combinations", "held_out": "Held-out combinations"}
@@ -70,10 +71,10 @@ def tables(report: Mapping) -> str:
 
 def rows_sheet(
     texts: Sequence[str],
-    columns: Mapping[str, Sequence[np.ndarray]],
+    columns: Mapping[str, Sequence[UInt8[np.ndarray, "height width 3"]]],
     successes: Mapping[str, Sequence[bool]],
     zoom: int = 2,
-) -> np.ndarray:
+) -> UInt8[np.ndarray, "sheet_height sheet_width 3"]:
     """One line of pictures for each edit, the columns named at the top: uint8 RGB.
 
     Args:
@@ -105,11 +106,11 @@ def rows_sheet(
 
 def contact_sheet(
     texts: Sequence[str],
-    rows: Sequence[Sequence[np.ndarray]],
+    rows: Sequence[Sequence[UInt8[np.ndarray, "height width 3"]]],
     successes: Sequence[bool],
     columns: int = 4,
     zoom: int = 2,
-) -> np.ndarray:
+) -> UInt8[np.ndarray, "sheet_height sheet_width 3"]:
     """Pictures of each edit side by side under its instruction: uint8 RGB.
 
     Args:

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float, UInt8
 
 from kontext_jax.data.worlds.scenes import (
     CAPTION,
@@ -68,7 +69,7 @@ class Grade:
     psnr: float | None
 
 
-def lab(pixels: np.ndarray) -> np.ndarray:
+def lab(pixels: UInt8[np.ndarray, "... 3"]) -> Float[np.ndarray, "... 3"]:
     """CIE L*a*b* (D65) of sRGB uint8 [..., 3], float64."""
     srgb = pixels.astype(np.float64) / 255
     linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
@@ -86,12 +87,16 @@ def lab(pixels: np.ndarray) -> np.ndarray:
     return np.stack([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)], axis=-1)
 
 
-def delta_e(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def delta_e(
+    a: UInt8[np.ndarray, "... 3"], b: UInt8[np.ndarray, "... 3"]
+) -> Float[np.ndarray, "..."]:
     """CIE76 difference of two pictures, pixel by pixel."""
     return np.linalg.norm(lab(a) - lab(b), axis=-1)
 
 
-def grade(source: Scene, target: Scene, result: np.ndarray, world: World) -> Grade:
+def grade(
+    source: Scene, target: Scene, result: UInt8[np.ndarray, "size_px size_px 3"], world: World
+) -> Grade:
     """The grade of `result`, uint8 [size_px, size_px, 3], as an edit of `source` to `target`."""
     found = parse(result, world)
     before, after = (render(scene, world.size_px) for scene in (source, target))
@@ -239,7 +244,9 @@ def evaluate(
 
 
 def grade_tries(
-    examples: Sequence[SceneExample], tries: Sequence[Sequence[np.ndarray]], world: World
+    examples: Sequence[SceneExample],
+    tries: Sequence[Sequence[UInt8[np.ndarray, "size_px size_px 3"]]],
+    world: World,
 ) -> dict:
     """The summary of several tries at each edit, which counts once."""
     grades = [
@@ -269,7 +276,9 @@ def caption_examples(world: World, split: str, count: int, seed: int) -> list[Sc
 
 
 def exact_share(
-    wanted: Sequence[SceneExample], tries: Sequence[Sequence[np.ndarray]], world: World
+    wanted: Sequence[SceneExample],
+    tries: Sequence[Sequence[UInt8[np.ndarray, "size_px size_px 3"]]],
+    world: World,
 ) -> list[float]:
     """In how many of its tries the picture of each caption reads as its scene."""
     return [
@@ -279,8 +288,11 @@ def exact_share(
 
 
 def scenes_sheet(
-    examples: Sequence[SceneExample], pictures: Sequence[np.ndarray], world: World, columns: int = 4
-) -> np.ndarray:
+    examples: Sequence[SceneExample],
+    pictures: Sequence[UInt8[np.ndarray, "size_px size_px 3"]],
+    world: World,
+    columns: int = 4,
+) -> UInt8[np.ndarray, "height width 3"]:
     """Source, result and target of each edit: see `contact_sheet`."""
     rows, successes = [], []
     for example, picture in zip(examples, pictures, strict=True):

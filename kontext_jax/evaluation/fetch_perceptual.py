@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from kontext_jax.models.judges.perceptual import NETS
 from kontext_jax.terminal import Parser
@@ -101,7 +102,7 @@ class _Unpickler(pickle.Unpickler):
         raise PickleError("it refers to something outside of itself")
 
 
-def read_pickled_arrays(data: bytes) -> dict[str, np.ndarray]:
+def read_pickled_arrays(data: bytes) -> dict[str, Float[np.ndarray, "..."]]:
     """Path → array of a pickled nested dict of float32 arrays, without running anything it names.
 
     Raises:
@@ -123,7 +124,9 @@ def read_pickled_arrays(data: bytes) -> dict[str, np.ndarray]:
     return arrays
 
 
-def our_leaves(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def our_leaves(
+    arrays: Mapping[str, Float[np.ndarray, "..."]],
+) -> dict[str, Float[np.ndarray, "..."]]:
     """The package's arrays under our paths; heads [1, 1, C, 1] become [C]."""
     leaves = {}
     for path, array in arrays.items():

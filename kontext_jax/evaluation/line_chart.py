@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 COLOURS = (
@@ -31,7 +32,7 @@ def line_chart(
     y_range: tuple[float, float] = (0, 100),
     title: str = "",
     size: tuple[int, int] = (720, 420),
-) -> np.ndarray:
+) -> UInt8[np.ndarray, "height width 3"]:
     """The curves over the places of their points, with a legend: uint8 RGB [height, width, 3].
 
     Args:

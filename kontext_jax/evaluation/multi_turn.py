@@ -27,6 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Bool, UInt8
 
 from kontext_jax.data.worlds.scenes import OBJECT_EDITS, WORLDS, Scene, SceneSource, World, render
 from kontext_jax.evaluation import edits
@@ -57,7 +58,7 @@ class Chain:
         """Objects of A_0 that no edit up to this turn was about."""
         return set.intersection(*(set(scene.things) for scene in self.scenes[: turn + 1]))
 
-    def changed(self, turn: int, size_px: int) -> np.ndarray:
+    def changed(self, turn: int, size_px: int) -> Bool[np.ndarray, "size_px size_px"]:
         """Where edits up to this turn change something: bool [size_px, size_px]."""
         pictures = [render(scene, size_px) for scene in self.scenes[: turn + 1]]
         changed = np.zeros((size_px, size_px), bool)
@@ -99,7 +100,7 @@ def _draw_chain(source: SceneSource, kinds: list[str], num_turns: int, entropy: 
 
 def run_edits(
     row: OpenRow, chains: Sequence[Chain], world: World, seed: int, in_latents: bool, keep: bool
-) -> list[list[np.ndarray]]:
+) -> list[list[UInt8[np.ndarray, "size_px size_px 3"]]]:
     """What a row makes of the chains, turn by turn: uint8 pictures [turns][chains].
 
     Args:
@@ -119,7 +120,9 @@ def run_edits(
     return turns
 
 
-def run_autoencoder(model: Model, chains: Sequence[Chain], world: World) -> list[list[np.ndarray]]:
+def run_autoencoder(
+    model: Model, chains: Sequence[Chain], world: World
+) -> list[list[UInt8[np.ndarray, "size_px size_px 3"]]]:
     """The first scenes encoded and decoded once a turn."""
     pictures, turns = [render(chain.scenes[0], world.size_px) for chain in chains], []
     for _ in chains[0].texts:
@@ -128,7 +131,9 @@ def run_autoencoder(model: Model, chains: Sequence[Chain], world: World) -> list
     return turns
 
 
-def other_scenes(chains: Sequence[Chain], world: World) -> list[list[np.ndarray]]:
+def other_scenes(
+    chains: Sequence[Chain], world: World
+) -> list[list[UInt8[np.ndarray, "size_px size_px 3"]]]:
     """What the next chain's pictures should be, in place of each chain's own."""
     others = [*chains[1:], chains[0]]
     return [
@@ -138,7 +143,9 @@ def other_scenes(chains: Sequence[Chain], world: World) -> list[list[np.ndarray]
 
 
 def grade_turns(
-    chains: Sequence[Chain], turns: Sequence[Sequence[np.ndarray]], world: World
+    chains: Sequence[Chain],
+    turns: Sequence[Sequence[UInt8[np.ndarray, "size_px size_px 3"]]],
+    world: World,
 ) -> list[dict]:
     """The figures of each turn."""
     figures = []
@@ -170,7 +177,11 @@ def evaluate(
     seed: int = 0,
     keep: bool = False,
     tell: Callable[[str], None] = lambda line: None,
-) -> tuple[dict[str, list[dict]], dict[str, list[list[np.ndarray]]], list[Chain]]:
+) -> tuple[
+    dict[str, list[dict]],
+    dict[str, list[list[UInt8[np.ndarray, "size_px size_px 3"]]]],
+    list[Chain],
+]:
     """The figures of every turn and the pictures, by row, and the chains.
 
     Args:
@@ -235,7 +246,7 @@ def table(report: Mapping[str, Sequence[Mapping]]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def chart(report: Mapping[str, Sequence[Mapping]]) -> np.ndarray:
+def chart(report: Mapping[str, Sequence[Mapping]]) -> UInt8[np.ndarray, "height width 3"]:
     """Identity and PSNR over turns, side by side, of those that edit: uint8 RGB."""
 
     def rates(turn: Mapping) -> Point:

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import UInt8
 
 from kontext_jax.data.worlds.photo_edits import KEEP, PhotoExample, PhotoSource, alternatives
 from kontext_jax.evaluation.edit_model import Model
@@ -32,7 +33,7 @@ class PhotoGrade:
     psnr: float  # to the target, in dB, at most 60
 
 
-def grade(example: PhotoExample, result: np.ndarray) -> PhotoGrade:
+def grade(example: PhotoExample, result: UInt8[np.ndarray, "height width 3"]) -> PhotoGrade:
     """The grade of `result`, uint8 of the example's size."""
 
     def error(picture: np.ndarray) -> float:
@@ -107,8 +108,10 @@ def tables(report: Mapping) -> str:
 
 
 def sheet(
-    examples: Sequence[PhotoExample], pictures: Sequence[np.ndarray], columns: int = 4
-) -> np.ndarray:
+    examples: Sequence[PhotoExample],
+    pictures: Sequence[UInt8[np.ndarray, "height width 3"]],
+    columns: int = 4,
+) -> UInt8[np.ndarray, "sheet_height sheet_width 3"]:
     """Source, result and target of each edit: see `contact_sheet`."""
     pairs = list(zip(examples, pictures, strict=True))
     rows = [(e.source, picture, e.target) for e, picture in pairs]

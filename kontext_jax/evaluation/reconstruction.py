@@ -29,7 +29,7 @@ from kontext_jax.models.vae import VAE
 from kontext_jax.pictures.files import SUFFIXES, load_picture
 from kontext_jax.runtime.sharding import MeshConfig, activation_rules, batch_shardings, make_mesh
 from kontext_jax.terminal import Parser
-from kontext_jax.types import Params
+from kontext_jax.types import Float, Params, UInt8
 from kontext_jax.weights.perceptual import load_perceptual
 
 # Kontext (arXiv:2506.15742), table 1: 4,096 pictures of ImageNet at 256², and its ± figures.
@@ -95,7 +95,9 @@ def choose(names: Sequence[str], count: int, seed: int) -> list[str]:
     return sorted(names, key=rank)[:count]
 
 
-def resize_and_crop(pixels: np.ndarray, size_px: int) -> np.ndarray:
+def resize_and_crop(
+    pixels: UInt8[np.ndarray, "height width 3"], size_px: int
+) -> UInt8[np.ndarray, "size_px size_px 3"]:
     """The middle [size_px, size_px] of the picture with its shorter side made size_px."""
     height, width = pixels.shape[:2]
     shorter = min(height, width)
@@ -109,7 +111,7 @@ def resize_and_crop(pixels: np.ndarray, size_px: int) -> np.ndarray:
 
 def batches(
     pictures: Pictures, names: Sequence[str], size_px: int, batch_size: int
-) -> Iterator[tuple[int, np.ndarray]]:
+) -> Iterator[tuple[int, UInt8[np.ndarray, "B size_px size_px 3"]]]:
     """(how many are meant, uint8 [batch_size, size_px, size_px, 3]); the last is filled up."""
     for start in range(0, len(names), batch_size):
         part = [
@@ -148,7 +150,7 @@ def evaluate(
     vae: VAE,
     perceptual: Perceptual,
     load: Callable[[Any], tuple[Params, Params]],
-    batches: Iterator[tuple[int, np.ndarray]],
+    batches: Iterator[tuple[int, UInt8[np.ndarray, "B size_px size_px 3"]]],
     devices: Sequence[Any] | None = None,
     tell: Callable[[int], None] = lambda count: None,
 ) -> Measured:
@@ -182,7 +184,7 @@ def evaluate(
 # Figures
 
 
-def bootstrap(values: np.ndarray) -> tuple[float, float]:
+def bootstrap(values: Float[np.ndarray, " pictures"]) -> tuple[float, float]:
     """95 % percentile interval of the mean, by drawing as many pictures again, with their seed."""
     rng = np.random.Generator(np.random.Philox(BOOTSTRAP_SEED))
     values = np.asarray(values, np.float64)
@@ -194,7 +196,7 @@ def bootstrap(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def summarise(values: np.ndarray) -> dict[str, float | None]:
+def summarise(values: Float[np.ndarray, " pictures"]) -> dict[str, float | None]:
     """Mean, SD, SE and interval; None where a value is infinite, as the PSNR of equal pictures."""
     values = np.asarray(values, np.float64)
     if not np.isfinite(values).all():

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kontext_jax.models.judges.perceptual import Perceptual
-from kontext_jax.types import Params
+from kontext_jax.types import Array, Float, Image, Params
 
 METRICS = ("pdist_a", "pdist_b", "ssim", "psnr")
 WINDOW_RADIUS, WINDOW_SIGMA = 5, 1.5
@@ -27,7 +27,9 @@ C1, C2 = 0.01**2, 0.03**2
 CENTRE = 0.5  # taken off before squaring: float32 then holds variances to 3e-8
 
 
-def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
+def psnr(
+    a: Float[Array, "B height width C"], b: Float[Array, "B height width C"]
+) -> Float[Array, " B"]:
     """In dB, [B], of pictures [B, h, w, C] with values in [0, 1]."""
     return -10 * jnp.log10(jnp.mean(jnp.square(a - b), axis=(1, 2, 3)))
 
@@ -49,7 +51,9 @@ def _smooth(x: jax.Array) -> jax.Array:
     return x
 
 
-def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
+def ssim(
+    a: Float[Array, "B height width C"], b: Float[Array, "B height width C"]
+) -> Float[Array, " B"]:
     """[B], of pictures [B, h, w, C] with values in [0, 1].
 
     Raises:
@@ -72,8 +76,8 @@ def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def measure(
-    perceptual: Perceptual, perceptual_params: Params, picture: jax.Array, result: jax.Array
-) -> dict[str, jax.Array]:
+    perceptual: Perceptual, perceptual_params: Params, picture: Image, result: Image
+) -> dict[str, Float[Array, " B"]]:
     """`METRICS` of pictures in [-1, 1], float32 [B] each."""
     pdist_b, pdist_a = perceptual.apply({"params": perceptual_params}, picture, result)
     a, b = (x / 2 + 0.5 for x in (picture, result))

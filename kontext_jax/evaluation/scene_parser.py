@@ -7,6 +7,7 @@ import functools
 import itertools
 
 import numpy as np
+from jaxtyping import UInt8
 
 from kontext_jax.data.worlds.scenes import (
     COLOURS,
@@ -54,7 +55,7 @@ def _cell_templates(world: World, background: str, fill: str, style: str, cell: 
     return choices, np.stack(looks)
 
 
-def parse(pixels: np.ndarray, world: World) -> Scene:
+def parse(pixels: UInt8[np.ndarray, "size_px size_px 3"], world: World) -> Scene:
     """The scene of the world that a picture resembles most.
 
     For each style the background is what fits best where no object can be; then each cell of the

@@ -20,6 +20,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from kontext_jax.types import Array, Float
+
 GuideFn = Callable[
     [jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | float],
     jax.Array,
@@ -31,7 +33,13 @@ number.
 """
 
 
-def cfg(v_uncond, v_cond, x_t, t, guidance) -> jax.Array:
+def cfg(
+    v_uncond: Float[Array, "B L C"],
+    v_cond: Float[Array, "B L C"],
+    x_t: Float[Array, "B L C"] | None,
+    t: Float[Array, " B"] | None,
+    guidance: Float[Array, " B"] | float,
+) -> Float[Array, "B L C"]:
     """Classifier-free guidance; a `GuideFn` that needs neither x_t nor t."""
     del x_t, t
     low, high = v_uncond.astype(jnp.float32), v_cond.astype(jnp.float32)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kontext_jax.flow.names import check_timesteps
-from kontext_jax.types import Array, Float, Tokens, typed
+from kontext_jax.types import Array, Float, Int, RandomKey, Tokens, typed
 
 
 @typed
@@ -57,7 +57,7 @@ def shift_timesteps(t, timestep_shift):
     return xp.where(t >= 1, 1.0, xp.where(t <= 0, 0.0, shifted))
 
 
-def timestep_schedule(num_steps: int, mu: float | None) -> np.ndarray:
+def timestep_schedule(num_steps: int, mu: float | None) -> Float[np.ndarray, " times"]:
     """Sampling times from 1 (noise) to 0 (data): float32 [num_steps + 1].
 
     Args:
@@ -80,7 +80,7 @@ def sampling_schedule(
     num_image_tokens: int,
     shifted: bool,
     timesteps: Sequence[float] | None = None,
-) -> np.ndarray:
+) -> Float[np.ndarray, " times"]:
     """The times of a request: float32 [num_steps + 1], from 1 to 0.
 
     Args:
@@ -98,7 +98,9 @@ def sampling_schedule(
     return np.array([*check_timesteps(timesteps), 0.0], np.float32)
 
 
-def sample_logit_normal(key: jax.Array, shape: tuple[int, ...], mu: float, sigma: float = 1.0):
+def sample_logit_normal(
+    key: RandomKey, shape: tuple[int, ...], mu: float, sigma: float = 1.0
+) -> Float[Array, "..."]:
     """Training times t = sigmoid(mu + sigma·n), n ~ N(0, 1): float32 in (0, 1)."""
     return jax.nn.sigmoid(mu + sigma * jax.random.normal(key, shape, jnp.float32))
 
@@ -131,7 +133,7 @@ def training_mu(
     raise ValueError(f"timestep_mode is {mode!r}; choose {', '.join(get_args(TimestepMode))}")
 
 
-def mode_times(u: jax.Array, scale: float) -> jax.Array:
+def mode_times(u: Float[Array, "..."], scale: float) -> Float[Array, "..."]:
     """Times with extra weight in the middle, from uniform u: 1 − u − s·(cos²(π·u/2) − 1 + u).
 
     SD3's "mode" distribution (arXiv:2403.03206, section 3.1); s in [-1, 2/(π − 2)].
@@ -140,14 +142,14 @@ def mode_times(u: jax.Array, scale: float) -> jax.Array:
 
 
 def sample_training_times(
-    key: jax.Array,
+    key: RandomKey,
     shape: tuple[int, ...],
     mu: float,
     *,
     distribution: TimestepDistribution = "logit_normal",
     sigma: float = 1.0,
     mode_scale: float = 1.29,
-) -> jax.Array:
+) -> Float[Array, "..."]:
     """Training times of a distribution, shifted by e^mu: float32 in [1e-5, 1].
 
     Args:
@@ -172,7 +174,9 @@ def sample_training_times(
     return jnp.clip(t, SMALLEST_TRAINING_TIME, 1.0)
 
 
-def on_trainer_grid(u: jax.Array, num_timesteps: int = 1000) -> tuple[jax.Array, jax.Array]:
+def on_trainer_grid(
+    u: Float[Array, "..."], num_timesteps: int = 1000
+) -> tuple[Int[Array, "..."], Float[Array, "..."]]:
     """The times that diffusers' trainers use, from draws u in [0, 1) of their density.
 
     Their u runs against t: index floor(N·u) counts from noise, and t = (N − index)/N.
@@ -184,7 +188,7 @@ def on_trainer_grid(u: jax.Array, num_timesteps: int = 1000) -> tuple[jax.Array,
     return index, (num_timesteps - index).astype(jnp.float32) / num_timesteps
 
 
-def loss_weight(weighting: LossWeighting, t: jax.Array) -> jax.Array:
+def loss_weight(weighting: LossWeighting, t: Float[Array, "..."]) -> Float[Array, "..."]:
     """Weight of a sample's squared velocity error at time t, by the names of diffusers' trainers.
 
     "none": 1. "sigma_sqrt": t^-2. "cosmap": 2/(π·(1 − 2t + 2t²)), SD3's (arXiv:2403.03206).
@@ -203,7 +207,7 @@ def loss_weight(weighting: LossWeighting, t: jax.Array) -> jax.Array:
     )
 
 
-def gaussian_loss_floor(t: jax.Array, variance: float = 1.0) -> jax.Array:
+def gaussian_loss_floor(t: Float[Array, "..."], variance: float = 1.0) -> Float[Array, "..."]:
     """Least expected squared velocity error per dimension for uncorrelated Gaussian data.
 
     It is s²/((1 − t)²·s² + t²) with s² the `variance`, whatever the mean. Real latents are

@@ -16,10 +16,14 @@ least 0, and add up to 1 − τ/r. N = 1 is a step of Euler's; at τ = 0 x is th
 import jax
 import jax.numpy as jnp
 
+from kontext_jax.types import Array, Float, Tokens
+
 SMALLEST = 1e-12  # a time in place of 0, at which w is its limit to float32 rounding
 
 
-def clean_estimates(output: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
+def clean_estimates(
+    output: Float[Array, "B L velocities"], x: Tokens, t: Float[Array, " B"]
+) -> Float[Array, "B N L C"]:
     """x̂0 of each of N grid times, float32 [B, N, L, C].
 
     Args:
@@ -43,7 +47,12 @@ def clean_estimates(output: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
     return x - t[:, None, None, None] * jnp.moveaxis(velocities, 2, 1)
 
 
-def estimate_at(estimates: jax.Array, t: jax.Array, end: jax.Array, tau: jax.Array) -> jax.Array:
+def estimate_at(
+    estimates: Float[Array, "B N L C"],
+    t: Float[Array, " B"],
+    end: Float[Array, " B"],
+    tau: Float[Array, " B"],
+) -> Tokens:
     """x̂0(τ) [B, L, C] of estimates [B, N, L, C] made at t [B] for times down to end [B]."""
     count = estimates.shape[1]
     place = (t - tau) / (t - end) * (count - 1)
@@ -52,8 +61,12 @@ def estimate_at(estimates: jax.Array, t: jax.Array, end: jax.Array, tau: jax.Arr
 
 
 def position_at(
-    estimates: jax.Array, x: jax.Array, t: jax.Array, end: jax.Array, tau: jax.Array
-) -> jax.Array:
+    estimates: Float[Array, "B N L C"],
+    x: Tokens,
+    t: Float[Array, " B"],
+    end: Float[Array, " B"],
+    tau: Float[Array, " B"],
+) -> Tokens:
     """Where the policy leads from x at t to at τ, exactly: float32 [B, L, C].
 
     Args:

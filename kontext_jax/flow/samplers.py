@@ -25,12 +25,12 @@ from jax import lax
 from kontext_jax.flow import policy
 from kontext_jax.flow.guidance import cfg
 from kontext_jax.flow.names import SAMPLERS, Sampler
-from kontext_jax.types import VelocityFn
+from kontext_jax.types import Array, Float, Int, Latents, Tokens, UInt, VelocityFn
 
 EulerDtype = Literal["float32", "compute", "float32_then_compute"]
 
 
-def seed_words(seeds: Sequence[int]) -> np.ndarray:
+def seed_words(seeds: Sequence[int]) -> UInt[np.ndarray, "B 2"]:
     """Seeds as pairs of 32-bit words, high before low: uint32 [B, 2].
 
     Raises:
@@ -56,7 +56,7 @@ def initial_noise(
     latent_width: int,
     channels: int = 16,
     dtype: Any = jnp.float32,
-) -> jax.Array:
+) -> Latents:
     """Standard normal latents, one seed per image: [B, latent_height, latent_width, channels].
 
     An image's noise depends on its own seed and size alone, not on the batch around it, and is
@@ -76,14 +76,14 @@ def initial_noise(
 
 def euler_sample(
     velocity_fn: VelocityFn,
-    x: jax.Array,
-    timesteps: jax.Array,
+    x: Float[Array, "B ..."],
+    timesteps: Float[Array, " times"],
     step_inputs: Any = None,
     *,
-    start: int | jax.Array = 0,
-    stop: int | jax.Array | None = None,
+    start: int | Int[Array, ""] = 0,
+    stop: int | Int[Array, ""] | None = None,
     euler_dtype: EulerDtype = "float32",
-) -> jax.Array:
+) -> Float[Array, "B ..."]:
     """Solves from timesteps[start] to timesteps[stop].
 
     start and stop may be traced integers, so one executable serves the whole run or any part of it.
@@ -114,15 +114,15 @@ def euler_sample(
 
 def renoise_sample(
     velocity_fn: VelocityFn,
-    x: jax.Array,
-    timesteps: jax.Array,
+    x: Float[Array, "B ..."],
+    timesteps: Float[Array, " times"],
     step_inputs: Any = None,
     *,
-    words: np.ndarray | jax.Array,
-    start: int | jax.Array = 0,
-    stop: int | jax.Array | None = None,
+    words: UInt[np.ndarray, "B 2"] | UInt[Array, "B 2"],
+    start: int | Int[Array, ""] = 0,
+    stop: int | Int[Array, ""] | None = None,
     euler_dtype: EulerDtype = "float32",
-) -> jax.Array:
+) -> Float[Array, "B ..."]:
     """As `euler_sample`, but each step goes to clean data and from there back to the next time.
 
     The noise of a step depends on the image's seed and the number of the step alone, so parts
@@ -153,14 +153,14 @@ def renoise_sample(
 
 def policy_sample(
     velocity_fn: VelocityFn,
-    x: jax.Array,
-    timesteps: jax.Array,
+    x: Tokens,
+    timesteps: Float[Array, " times"],
     step_inputs: Any = None,
     *,
-    start: int | jax.Array = 0,
-    stop: int | jax.Array | None = None,
+    start: int | Int[Array, ""] = 0,
+    stop: int | Int[Array, ""] | None = None,
     euler_dtype: EulerDtype = "float32",
-) -> jax.Array:
+) -> Tokens:
     """As `euler_sample`, for a network that gives N velocities a token, a policy for each step.
 
     A step is computed in float32 whatever `euler_dtype` is, which says what the state between steps
@@ -182,7 +182,9 @@ def policy_sample(
     return _follow(velocity_fn, step, x, timesteps, step_inputs, start, stop, euler_dtype)
 
 
-def make_sampler(name: Sampler, words: np.ndarray | jax.Array | None = None):
+def make_sampler(
+    name: Sampler, words: UInt[np.ndarray, "B 2"] | UInt[Array, "B 2"] | None = None
+) -> Callable[..., jax.Array]:
     """The function of a sampler's name, called as `euler_sample`.
 
     Args:
@@ -253,7 +255,7 @@ def _follow(
 
 
 def guided_velocity_fn(
-    conditional: VelocityFn, unconditional: VelocityFn, scale: float | jax.Array
+    conditional: VelocityFn, unconditional: VelocityFn, scale: float | Float[Array, " B"]
 ) -> VelocityFn:
     """True classifier-free guidance by one scale or [B]: v_neg + scale·(v − v_neg), two passes.
 

@@ -11,14 +11,13 @@ float32.
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from kontext_jax.models.presets import CLIPConfig
 from kontext_jax.ops.attention import attention
-from kontext_jax.types import Array, Float, Int, typed
+from kontext_jax.types import Array, Bool, Float, Int, typed
 
 LEGACY_EOS_TOKEN_ID = 2
 
@@ -49,7 +48,9 @@ class CLIPBlock(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array):
+    def __call__(
+        self, x: Float[Array, "B T D"], mask: Bool[Array, "1 1 T T"]
+    ) -> tuple[Float[Array, "B T D"], None]:
         """x float32 [B, T, D], mask bool [1, 1, T, T] → (x, None)."""
         c = self.config
         head_dim = c.hidden_size // c.num_attention_heads

@@ -66,12 +66,12 @@ def reference_tokens(references: Sequence[Float[Array, "B _ _ Z"]]) -> Tokens:
 
 def make_conditioning(
     config: MMDiTConfig,
-    txt: jax.Array,
-    vec: jax.Array,
+    txt: Float[Array, "B T features"],
+    vec: Float[Array, "B pooled"],
     *,
     latent_height: int,
     latent_width: int,
-    references: Sequence[jax.Array] = (),
+    references: Sequence[Float[Array, "#B h w Z"]] = (),
     guidance: float | Sequence[float] | None = None,
     position_rule: latents.PositionRule = "index",
     numerics: Numerics = EXACT,
@@ -132,7 +132,7 @@ def make_conditioning(
     )
 
 
-def of_batch(batch: TokenBatch, guidance: jax.Array | None) -> Conditioning:
+def of_batch(batch: TokenBatch, guidance: Float[Array, " B"] | None) -> Conditioning:
     """What a training batch's examples are made from; guidance [B], or None as for the model."""
     return Conditioning(batch.txt, batch.vec, guidance, batch.ctx, batch.pe)
 
@@ -155,7 +155,7 @@ def position_table(
     position_rule: latents.PositionRule = "index",
     numerics: Numerics = EXACT,
     dtype: jax.typing.DTypeLike = np.float32,
-) -> np.ndarray:
+) -> Float[np.ndarray, "2 S half"]:
     """Rotary table of text ‖ target ‖ references, float32 [2, S, Dh/2]; the same array each time.
 
     Args:
@@ -252,7 +252,7 @@ def encode_batch(
 
 def null_text(
     encoders: Encoders, params: Params, tokenizers: Tokenizers, max_text_tokens: int
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "T features"], Float[Array, " pooled"]]:
     """Features of the empty prompt, txt [T, context_in_dim] and vec [vec_in_dim]."""
     ids, _ = tokenizers.tokenize([""], max_text_tokens)
     txt, vec = jax.jit(encode_prompts, static_argnums=0)(encoders, params, ids)
@@ -261,8 +261,8 @@ def null_text(
 
 def tokens_of(
     encoded: EncodedBatch,
-    null_txt: jax.Array,
-    null_vec: jax.Array,
+    null_txt: Float[Array, "T features"],
+    null_vec: Float[Array, " pooled"],
     config: MMDiTConfig,
     position_rule: latents.PositionRule = "index",
 ) -> TokenBatch:

@@ -5,10 +5,17 @@ import functools
 import jax
 from jax import lax
 
+from kontext_jax.types import Array, Float
+
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
-def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
+def convolve(
+    x: Float[Array, "B height width inputs"],
+    kernel: Float[Array, "kh kw inputs outputs"],
+    stride: int,
+    padding: Padding,
+) -> Float[Array, "B rows columns outputs"]:
     """x [B, h, w, in] through a kernel [kh, kw, in, out], in x's dtype.
 
     A kernel stored in another dtype is cast to that of x, and its gradient is not: float32 master

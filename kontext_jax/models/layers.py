@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from kontext_jax.runtime.sharding import constrain
+from kontext_jax.types import Array, Float
 
 NORM_EPS = 1e-6
 TIME_FACTOR = 1000  # t and guidance are multiplied by this before their sinusoids
@@ -39,7 +40,9 @@ def _contract(x: jax.Array, kernel: jax.Array, num_axes: int, **kwargs) -> jax.A
     return lax.dot_general(x, kernel, (axes, ((), ())), **kwargs)
 
 
-def matmul(x: jax.Array, kernel: jax.Array, num_axes: int = 1, out_dtype: Any = None) -> jax.Array:
+def matmul(
+    x: Float[Array, "..."], kernel: Float[Array, "..."], num_axes: int = 1, out_dtype: Any = None
+) -> Float[Array, "..."]:
     """Contracts the last `num_axes` axes of x with the first of the kernel, float32 accumulator.
 
     The product is rounded to x's dtype, or to `out_dtype`.
@@ -105,7 +108,7 @@ def _contract_outputs(dy: jax.Array, kernel: jax.Array, num_axes: int, **kwargs)
     return lax.dot_general(dy, kernel, (axes, ((), ())), **kwargs)
 
 
-def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+def add_bias(x: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, "..."]:
     """x + bias in x's dtype; the gradient of the bias is summed in the bias's own."""
     return x + bias if x.dtype == bias.dtype else _mixed_add(x, bias)
 
@@ -123,7 +126,7 @@ _mixed_add.defvjp(lambda x, bias: (_mixed_add(x, bias), bias), _mixed_add_bwd)
 
 
 @jax.custom_vjp
-def gated(gate: jax.Array, y: jax.Array) -> jax.Array:
+def gated(gate: Float[Array, "B D"], y: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
     """gate [B, D] · y [B, S, D]; the gradient of the gate is summed over tokens in float32."""
     return gate[:, None] * y
 
@@ -152,7 +155,7 @@ class Dense(nn.Module):
     kernel_init: Any = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         shape = (*x.shape[x.ndim - self.num_in_axes :], *self.features)
         init = self.kernel_init or linear_init(self.num_in_axes)
         kernel = self.param("kernel", init, shape)
@@ -184,7 +187,9 @@ def _as_stored(kernel: jax.Array) -> jax.Array:
     )
 
 
-def low_rank_path(module: nn.Module, x: jax.Array, num_axes: int = 1) -> jax.Array:
+def low_rank_path(
+    module: nn.Module, x: Float[Array, "..."], num_axes: int = 1
+) -> Float[Array, "..."]:
     """x · a · b of the adapter that the collection "lora" holds for a module (`models/lora.py`)."""
     a, b = (module.get_variable("lora", name) for name in ("a", "b"))
     return matmul(matmul(x, a, num_axes), b)
@@ -197,7 +202,9 @@ class RMSFactors(nn.Module):
     """
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, x: Float[Array, "... Dh"]
+    ) -> tuple[Float[Array, "... 1"], Float[Array, " Dh"]]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         x = x.astype(jnp.float32)
         gain = lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + NORM_EPS)
@@ -209,7 +216,9 @@ class RMSFactors(nn.Module):
         return gain, scale.astype(jnp.float32)
 
 
-def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+def modulated_norm(
+    x: Float[Array, "B S D"], shift: Float[Array, "B D"], scale: Float[Array, "B D"]
+) -> Float[Array, "B S D"]:
     """LayerNorm without affine (eps 1e-6, float32), then (1 + scale)·x + shift, in x's dtype.
 
     Args:
@@ -225,8 +234,8 @@ def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Arra
 
 
 def scale_time(
-    t: jax.Array, rounding: Literal["none", "bfl", "diffusers"], dtype: Any
-) -> jax.Array:
+    t: Float[Array, "..."], rounding: Literal["none", "bfl", "diffusers"], dtype: Any
+) -> Float[Array, "..."]:
     """1000·t as each implementation rounds it to the compute dtype; float32.
 
     "none" does not round. "bfl": r(r(t)·1000). "diffusers": r(r(r(1000·t)/1000)·1000), since its
@@ -248,7 +257,9 @@ def scale_time(
     return r(r(t) * TIME_FACTOR)
 
 
-def timestep_embedding(scaled_t: jax.Array, dim: int = TIME_EMBED_DIM) -> jax.Array:
+def timestep_embedding(
+    scaled_t: Float[Array, "*times"], dim: int = TIME_EMBED_DIM
+) -> Float[Array, "*times dim"]:
     """Sinusoids of a time already multiplied by 1000, cosines first: [...] → float32 [..., dim]."""
     half = dim // 2
     frequencies = np.exp(-math.log(10_000) * np.arange(half) / half).astype(np.float32)
@@ -263,7 +274,7 @@ class MLPEmbedder(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... D"]:
         x = nn.silu(Dense((self.hidden_size,), dtype=self.dtype, name="in_layer")(x))
         return Dense((self.hidden_size,), dtype=self.dtype, name="out_layer")(x)
 
@@ -286,7 +297,7 @@ class Modulation(nn.Module):
     zero_init: bool = True
 
     @nn.compact
-    def __call__(self, vec: jax.Array) -> jax.Array:
+    def __call__(self, vec: Float[Array, "... D"]) -> Float[Array, "..."]:
         width = vec.shape[-1]
         stack = () if self.num_layers is None else (self.num_layers,)
         zeros = nn.initializers.zeros

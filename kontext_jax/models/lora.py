@@ -22,7 +22,7 @@ import numpy as np
 from kontext_jax.models.parameter_axes import kernel_axes
 from kontext_jax.terminal import nearest_words
 from kontext_jax.trees import flatten, unflatten
-from kontext_jax.types import Params
+from kontext_jax.types import Params, RandomKey
 
 # Names for sets of patterns over our modules.
 TARGETS: dict[str, tuple[str, ...]] = {
@@ -89,7 +89,7 @@ def targeted_modules(targets: Iterable[str], params: Params) -> list[str]:
     return [module for module in modules if module in chosen]
 
 
-def init_lora(config: LoraConfig, params: Params, key: jax.Array) -> Params:
+def init_lora(config: LoraConfig, params: Params, key: RandomKey) -> Params:
     """Fresh float32 adapters: a from N(0, 1/rank²) as diffusers' script draws it, b zero.
 
     Args:

@@ -40,7 +40,7 @@ from kontext_jax.numerics import EXACT, Numerics
 from kontext_jax.ops.attention import Backend, keeps_attention
 from kontext_jax.ops.rope import Rotation, full_width, rotate, scaled
 from kontext_jax.runtime.sharding import constrain
-from kontext_jax.types import Params, VelocityFn
+from kontext_jax.types import Array, Float, Params, RandomKey, VelocityFn
 
 Remat = Literal["none", "full", "save_attention", "save_outputs", "save_qkv", "save_products"]
 
@@ -79,7 +79,7 @@ class Heads(NamedTuple):
     q_rotation: Rotation  # two of [(B,) S, Dh]
     k_rotation: Rotation
 
-    def attend(self, layout: TokenLayout, backend: Backend) -> jax.Array:
+    def attend(self, layout: TokenLayout, backend: Backend) -> Float[Array, "B H S Dh"]:
         """[B, H, S, Dh]; the scores' scale is part of q's rotation."""
         q = rotate(self.q, self.q_gain, self.q_rotation)
         k = rotate(self.k, self.k_gain, self.k_rotation)
@@ -124,7 +124,7 @@ class DoubleStreamAttention(_Projections):
         super().setup()
         self.proj = self.out_projection(use_bias=True)
 
-    def project(self, attended: jax.Array) -> jax.Array:
+    def project(self, attended: Float[Array, "B H S Dh"]) -> Float[Array, "B S D"]:
         """[B, H, S, Dh] → [B, S, D]."""
         return self.proj(jnp.swapaxes(attended, 1, 2))
 
@@ -136,7 +136,7 @@ class MLP(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         x = _mlp_hidden(Dense((self.config.mlp_dim,), dtype=self.dtype, name="in_layer")(x))
         return Dense((self.config.hidden_size,), dtype=self.dtype, name="out_layer")(x)
 
@@ -274,15 +274,23 @@ class MMDiT(nn.Module):
             block, num_layered = tapped(block, read_img), num_layered + 1
         return make_stack(self.block_form, block, arguments, length, num_layered, num_shared=2)
 
-    def __call__(self, img, txt, vec, t, guidance, pe) -> jax.Array:
+    def __call__(
+        self,
+        img: Float[Array, "B L inputs"],
+        txt: Float[Array, "B T features"],
+        vec: Float[Array, "B pooled"],
+        t: Float[Array, " B"],
+        guidance: Float[Array, " B"] | None,
+        pe: Float[Array, "... S half"],
+    ) -> Float[Array, "B L C"]:
         """Velocity of all image tokens: [B, L, C]. Arguments as in `modulation` and `denoise`."""
         return self.denoise(img, txt, pe, self.modulation(t, guidance, vec))
 
     def modulation(
         self,
-        t: jax.Array,
-        guidance: jax.Array | None,
-        vec: jax.Array,
+        t: Float[Array, "... B"],
+        guidance: Float[Array, " B"] | None,
+        vec: Float[Array, "B pooled"],
         timestep_rounding: Literal["none", "bfl", "diffusers"] = "none",
     ) -> ModulationVectors:
         """Everything the blocks need to know of time, guidance and pooled text.
@@ -316,8 +324,12 @@ class MMDiT(nn.Module):
         return ModulationVectors(*double, self.single_mod(summed), self.final_mod(summed))
 
     def denoise(
-        self, img: jax.Array, txt: jax.Array, pe: jax.Array, modulation: ModulationVectors
-    ) -> jax.Array:
+        self,
+        img: Float[Array, "B L inputs"],
+        txt: Float[Array, "B T features"],
+        pe: Float[Array, "... S half"],
+        modulation: ModulationVectors,
+    ) -> Float[Array, "B L C"]:
         """Velocity of all image tokens, given the modulation of their time: [B, L, C].
 
         Args:
@@ -342,12 +354,12 @@ class MMDiT(nn.Module):
 
     def hidden_states(
         self,
-        img: jax.Array,
-        txt: jax.Array,
-        pe: jax.Array,
+        img: Float[Array, "B L inputs"],
+        txt: Float[Array, "B T features"],
+        pe: Float[Array, "... S half"],
         modulation: ModulationVectors,
         num_target: int,
-    ) -> jax.Array:
+    ) -> Float[Array, "taps B num_target D"]:
         """The first `num_target` image tokens as the blocks of `taps` leave them: [K, B, L, D].
 
         Other arguments as in `denoise`. The single blocks do not run where no tap is among them.
@@ -410,7 +422,7 @@ class _DoubleModulation(nn.Module):
         return make(name="img")(vec), make(name="txt")(vec)
 
 
-def init_params(model: MMDiT, key: jax.Array) -> Params:
+def init_params(model: MMDiT, key: RandomKey) -> Params:
     """Fresh float32 parameters as a plain nested dict; `jax.eval_shape` it for shapes alone."""
     config = model.config
     guidance = jnp.ones((1,)) if config.guidance_embed else None
@@ -464,7 +476,7 @@ def prepare_steps(
     model: MMDiT,
     params: Params,
     cond: Conditioning,
-    timesteps: jax.Array,
+    timesteps: Float[Array, " times"],
     numerics: Numerics = EXACT,
 ) -> ModulationVectors:
     """Modulation of all steps of a run in one product, for `euler_sample`'s step_inputs.

@@ -13,7 +13,6 @@ softmax stay in float32, because the stream of T5-XXL reaches thousands.
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -25,8 +24,8 @@ from kontext_jax.types import Array, Bool, Float, Int, typed
 
 
 def relative_position_bucket(
-    relative_position: np.ndarray, num_buckets: int, max_distance: int
-) -> np.ndarray:
+    relative_position: Int[np.ndarray, "..."], num_buckets: int, max_distance: int
+) -> Int[np.ndarray, "..."]:
     """Bucket of each distance `key position − query position`: int32 in [0, num_buckets).
 
     Half of the buckets are for keys to the right of the query. Of each half, the first half holds
@@ -51,7 +50,12 @@ class T5Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, bias: jax.Array, mask: jax.Array | None):
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        bias: Float[Array, "1 H T T"],
+        mask: Bool[Array, "B 1 1 T"] | None,
+    ) -> tuple[Float[Array, "B T D"], None]:
         """x float32 [B, T, D], bias [1, H, T, T], mask [B, 1, 1, T] or None → (x, None)."""
         c = self.config
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from kontext_jax.ops.attention import Backend, attention
 from kontext_jax.runtime import sharding
 from kontext_jax.runtime.sharding import constrain
+from kontext_jax.types import Array, Float, Shaped
 
 
 @jax.tree_util.register_static
@@ -38,38 +39,42 @@ class TokenLayout:
     def has_padding(self) -> bool:
         return self.num_txt % self.parts > 0 or self.num_img % self.parts > 0
 
-    def pad(self, x: jax.Array, axis: int) -> jax.Array:
+    def pad(self, x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
         """A stream with zeros behind it, up to a multiple of the parts."""
         missing = -x.shape[axis] % self.parts
         padding = [(0, missing if i == axis % x.ndim else 0) for i in range(x.ndim)]
         return jnp.pad(x, padding) if missing else x
 
-    def lay(self, x: jax.Array, axis: int) -> jax.Array:
+    def lay(self, x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
         """A plain [txt ‖ img] padded and joined."""
         txt, img = jnp.split(x, [self.num_txt], axis)
         return self.join(self.pad(txt, axis), self.pad(img, axis), axis)
 
-    def join(self, txt: jax.Array, img: jax.Array, axis: int) -> jax.Array:
+    def join(
+        self, txt: Shaped[Array, "..."], img: Shaped[Array, "..."], axis: int
+    ) -> Shaped[Array, "..."]:
         """Both padded streams as one."""
         axis %= txt.ndim
         both = jnp.concatenate([self._by_part(x, axis) for x in (txt, img)], axis + 1)
         return _merge(both, axis)
 
-    def separate(self, x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    def separate(
+        self, x: Shaped[Array, "..."], axis: int
+    ) -> tuple[Shaped[Array, "..."], Shaped[Array, "..."]]:
         """The padded streams of a joined one."""
         axis %= x.ndim
         txt_of_part = -(-self.num_txt // self.parts)
         txt, img = jnp.split(self._by_part(x, axis), [txt_of_part], axis + 1)
         return _merge(txt, axis), _merge(img, axis)
 
-    def cut(self, x: jax.Array, axis: int) -> jax.Array:
+    def cut(self, x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
         """A joined stream without its padding and then plain; as it is if it has none."""
         if not self.has_padding:
             return x
         streams = zip(self.separate(x, axis), (self.num_txt, self.num_img), strict=True)
         return jnp.concatenate([jax.lax.slice_in_dim(s, 0, n, axis=axis) for s, n in streams], axis)
 
-    def uncut(self, x: jax.Array, axis: int) -> jax.Array:
+    def uncut(self, x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
         """Inverse of `cut`, with zeros in place of the padding."""
         return self.lay(x, axis) if self.has_padding else x
 
@@ -85,13 +90,13 @@ def _merge(x: jax.Array, axis: int) -> jax.Array:
 
 
 def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B H S Dh"],
+    k: Float[Array, "B H S Dh"],
+    v: Float[Array, "B H S Dh"],
     layout: TokenLayout,
     backend: Backend,
     scale: float | None = None,
-) -> jax.Array:
+) -> Float[Array, "B H S Dh"]:
     """Attention over joined streams [B, H, S, Dh] whose tokens are split, as is the result.
 
     All-to-all (Ulysses, arXiv:2309.14509): each device gets some of the heads with all their

@@ -29,17 +29,21 @@ from kontext_jax.models.convolution import convolve
 from kontext_jax.models.layers import Dense, add_bias
 from kontext_jax.models.presets import VAEConfig
 from kontext_jax.ops.attention import attention
-from kontext_jax.types import Array, Float, Image, Latents, typed
+from kontext_jax.types import Array, Bool, Float, Image, Latents, RandomKey, typed
 
 NORM_EPSILON = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' clamp; BFL has none. The mean path does not see it.
 
 Dtype = Any
-Moments = tuple[Array, Array]
+Moments = tuple[Float[Array, "B groups"], Float[Array, "B groups"]]
 """Mean and variance [B, groups] of a feature map, float32."""
 
 
-def group_moments(x: Array, groups: int, weight: Array | None = None) -> Moments:
+def group_moments(
+    x: Float[Array, "B height width C"],
+    groups: int,
+    weight: Float[Array, "height width"] | None = None,
+) -> Moments:
     """Mean and variance of each group of channels over the map, in two passes over float32.
 
     Args:
@@ -79,7 +83,9 @@ class GroupNorm(nn.Module):
     swish: bool = True
 
     @nn.compact
-    def __call__(self, x: Array, moments: Moments | None = None) -> Array:
+    def __call__(
+        self, x: Float[Array, "B height width C"], moments: Moments | None = None
+    ) -> Float[Array, "B height width C"]:
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
@@ -101,7 +107,11 @@ class Conv(nn.Module):
     padding: tuple[int, int] = (1, 1)  # cells before and after, on both axes
 
     @nn.compact
-    def __call__(self, x: Array, inside: Array | None = None) -> Array:
+    def __call__(
+        self,
+        x: Float[Array, "B height width inputs"],
+        inside: Bool[Array, "height width"] | None = None,
+    ) -> Float[Array, "B rows columns outputs"]:
         kernel, bias = _conv_params(self, self.kernel_size, x.shape[-1], self.features)
         y = _convolve(x, kernel, self.stride, self.padding, inside, self.dtype)
         return add_bias(y, bias)
@@ -119,7 +129,11 @@ class DoublingConv(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Array, inside: Array | None = None) -> Array:
+    def __call__(
+        self,
+        x: Float[Array, "B height width inputs"],
+        inside: Bool[Array, "height width"] | None = None,
+    ) -> Float[Array, "B rows columns outputs"]:
         kernel, bias = _conv_params(self, 3, x.shape[-1], self.features)
         # Index letters: y, x the kernel's rows and columns, t, u those of the small kernels, p, q
         # the place within the repeated cell.
@@ -175,17 +189,26 @@ class ResnetBlock(nn.Module):
         if self.in_channels != self.out_channels:
             self.nin_shortcut = Conv(self.out_channels, self.dtype, kernel_size=1, padding=(0, 0))
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(
+        self, x: Float[Array, "B height width inputs"]
+    ) -> Float[Array, "B height width outputs"]:
         return self.second_half(self.first_half(x), x)
 
     def first_half(
-        self, x: Array, moments: Moments | None = None, inside: Array | None = None
-    ) -> Array:
+        self,
+        x: Float[Array, "B height width inputs"],
+        moments: Moments | None = None,
+        inside: Bool[Array, "height width"] | None = None,
+    ) -> Float[Array, "B rows columns outputs"]:
         return self.conv1(self.norm1(x, moments), inside)
 
     def second_half(
-        self, h: Array, x: Array, moments: Moments | None = None, inside: Array | None = None
-    ) -> Array:
+        self,
+        h: Float[Array, "B rows columns outputs"],
+        x: Float[Array, "B height width inputs"],
+        moments: Moments | None = None,
+        inside: Bool[Array, "rows columns"] | None = None,
+    ) -> Float[Array, "B height width outputs"]:
         """`h` comes with a border when `inside` is given, `x` never does."""
         shortcut = x if self.in_channels == self.out_channels else self.nin_shortcut(x)
         return shortcut + self.conv2(self.norm2(h, moments), inside)
@@ -208,15 +231,27 @@ class AttentionBlock(nn.Module):
     def _dense(self) -> Dense:
         return Dense((self.channels,), dtype=self.dtype, kernel_init=nn.initializers.lecun_normal())
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B height width C"]) -> Float[Array, "B height width C"]:
         q, k, v = self.qkv(x)
         return self.attend(q, x, k, v)
 
-    def qkv(self, x: Array, moments: Moments | None = None) -> tuple[Array, Array, Array]:
+    def qkv(
+        self, x: Float[Array, "B height width C"], moments: Moments | None = None
+    ) -> tuple[
+        Float[Array, "B height width C"],
+        Float[Array, "B height width C"],
+        Float[Array, "B height width C"],
+    ]:
         y = self.norm(x, moments)
         return self.q(y), self.k(y), self.v(y)
 
-    def attend(self, q: Array, x: Array, k: Array, v: Array) -> Array:
+    def attend(
+        self,
+        q: Float[Array, "B rows columns C"],
+        x: Float[Array, "B rows columns C"],
+        k: Float[Array, "B height width C"],
+        v: Float[Array, "B height width C"],
+    ) -> Float[Array, "B rows columns C"]:
         """`q` and `x` may be a tile of the map that `k` and `v` cover."""
         # One head of C channels is too wide for the kernels of either accelerator.
         q, k, v = (y.reshape(y.shape[0], 1, -1, self.channels) for y in (q, k, v))  # [B, 1, S, C]
@@ -248,7 +283,9 @@ class Downsample(nn.Module):
     def setup(self):
         self.conv = Conv(self.channels, self.dtype, stride=2, padding=(0, 1))
 
-    def __call__(self, x: Array, inside: Array | None = None) -> Array:
+    def __call__(
+        self, x: Float[Array, "B height width C"], inside: Bool[Array, "height width"] | None = None
+    ) -> Float[Array, "B rows columns C"]:
         return self.conv(x, inside)
 
 
@@ -261,7 +298,9 @@ class Upsample(nn.Module):
     def setup(self):
         self.conv = DoublingConv(self.channels, self.dtype)
 
-    def __call__(self, x: Array, inside: Array | None = None) -> Array:
+    def __call__(
+        self, x: Float[Array, "B height width C"], inside: Bool[Array, "height width"] | None = None
+    ) -> Float[Array, "B rows columns C"]:
         return self.conv(x, inside)
 
 
@@ -290,7 +329,9 @@ class Level(nn.Module):
         return blocks + ((getattr(self, self.resample),) if self.resample else ())
 
 
-def fold_patches(image: Array, patch: int) -> Array:
+def fold_patches(
+    image: Float[Array, "B height width C"] | Float[np.ndarray, "B height width C"], patch: int
+) -> Float[Array, "B rows columns folded"] | Float[np.ndarray, "B rows columns folded"]:
     """[B, patch·h, patch·w, C] → [B, h, w, patch·patch·C]; NumPy stays NumPy."""
     if patch == 1:
         return image
@@ -299,7 +340,10 @@ def fold_patches(image: Array, patch: int) -> Array:
     return x.swapaxes(2, 3).reshape(batch, height // patch, width // patch, -1)
 
 
-def unfold_patches(x: Array, patch: int) -> Array:
+def unfold_patches(
+    x: Float[Array, "B rows columns folded"] | Float[np.ndarray, "B rows columns folded"],
+    patch: int,
+) -> Float[Array, "B height width C"] | Float[np.ndarray, "B height width C"]:
     """Inverse of `fold_patches`."""
     if patch == 1:
         return x
@@ -308,7 +352,9 @@ def unfold_patches(x: Array, patch: int) -> Array:
     return x.swapaxes(2, 3).reshape(batch, height * patch, width * patch, -1)
 
 
-def run_steps(steps: Sequence[nn.Module], x: Array, remat: bool) -> Array:
+def run_steps(
+    steps: Sequence[nn.Module], x: Float[Array, "B height width inputs"], remat: bool
+) -> Float[Array, "B rows columns outputs"]:
     """`steps` one after the other; with `remat` the backward pass keeps their inputs alone."""
     for step in steps:
         x = _run_again(step, x) if remat else step(x)
@@ -345,7 +391,7 @@ class Encoder(nn.Module):
         blocks = [step for level in (*levels, self.mid) for step in level.steps()]
         return (self.conv_in, *blocks, self.norm_out, self.conv_out)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Image) -> Float[Array, "B latent_height latent_width moments"]:
         return run_steps(self.steps(), x, self.remat)
 
 
@@ -378,10 +424,10 @@ class Decoder(nn.Module):
         blocks = [step for level in (self.mid, *levels) for step in level.steps()]
         return (self.conv_in, *blocks, self.norm_out, self.conv_out)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Latents) -> Image:
         return self.conv_out(self.features(x))
 
-    def features(self, x: Array) -> Array:
+    def features(self, x: Latents) -> Float[Array, "B rows columns C"]:
         """What the last convolution sees."""
         return run_steps(self.steps()[:-1], x, self.remat)
 
@@ -406,7 +452,7 @@ class VAE(nn.Module):
         """Pixels along one side of a latent cell."""
         return self.config.downsampling
 
-    def __call__(self, image: Array) -> Array:
+    def __call__(self, image: Image) -> Image:
         """The reconstruction of an image through its mean latents; touches every parameter."""
         return self.decode(self.encode(image))
 
@@ -421,7 +467,7 @@ class VAE(nn.Module):
         return self.split_moments(self.encoder(fold_patches(image, self.config.patch)))
 
     @typed
-    def encode(self, image: Image, *, key: Array | None = None) -> Latents:
+    def encode(self, image: Image, *, key: RandomKey | None = None) -> Latents:
         """Latents of an image in [-1, 1]: the posterior's mean, or with a key a sample of it."""
         return self.to_latents(*self.moments(image), key=key)
 
@@ -433,11 +479,11 @@ class VAE(nn.Module):
         """
         return unfold_patches(self.decoder(self.from_latents(latents)), self.config.patch)
 
-    def decode_features(self, latents: Latents) -> Array:
+    def decode_features(self, latents: Latents) -> Float[Array, "B rows columns C"]:
         """What the decoder's last convolution sees; `decode_output` is that convolution."""
         return self.decoder.features(self.from_latents(latents))
 
-    def decode_output(self, features: Array) -> Array:
+    def decode_output(self, features: Float[Array, "B rows columns C"]) -> Image:
         """The image of `decode_features`; touches `decoder/conv_out` alone."""
         return unfold_patches(self.decoder.conv_out(features), self.config.patch)
 
@@ -452,17 +498,19 @@ class VAE(nn.Module):
                 f"be multiples of {cell}; the nearest such size is {nearest[0]}×{nearest[1]}"
             )
 
-    def split_moments(self, moments: Array) -> tuple[Array, Array]:
+    def split_moments(
+        self, moments: Float[Array, "B latent_height latent_width moments"]
+    ) -> tuple[Latents, Latents]:
         """The encoder's output as mean and log variance."""
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
-    def to_latents(self, mean: Array, logvar: Array, key: Array | None = None) -> Array:
+    def to_latents(self, mean: Latents, logvar: Latents, key: RandomKey | None = None) -> Latents:
         z = mean
         if key is not None:
             z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, mean.dtype)
         return self.config.latent_scale * (z - self.config.latent_shift)
 
-    def from_latents(self, latents: Array) -> Array:
+    def from_latents(self, latents: Latents) -> Latents:
         z = latents / self.config.latent_scale + self.config.latent_shift
         return z.astype(self.dtype)

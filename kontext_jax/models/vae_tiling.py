@@ -38,12 +38,12 @@ from kontext_jax.models.vae import (
     group_moments,
     unfold_patches,
 )
-from kontext_jax.types import Params
+from kontext_jax.types import Float, Latents, Params, RandomKey
 
 
 def encode_tiled(
-    vae: VAE, params: Params, image: Any, tile_px: int, *, key: jax.Array | None = None
-) -> jax.Array:
+    vae: VAE, params: Params, image: Any, tile_px: int, *, key: RandomKey | None = None
+) -> Latents:
     """Latents [B, h/8, w/8, Z] of an image [B, h, w, 3], as `VAE.encode` gives them.
 
     Args:
@@ -62,7 +62,9 @@ def encode_tiled(
     return vae.to_latents(*vae.split_moments(jnp.asarray(moments)), key=key)
 
 
-def decode_tiled(vae: VAE, params: Params, latents: Any, tile_px: int) -> np.ndarray:
+def decode_tiled(
+    vae: VAE, params: Params, latents: Any, tile_px: int
+) -> Float[np.ndarray, "B height width 3"]:
     """The image [B, 8h, 8w, 3] of latents [B, h, w, Z] as `VAE.decode` gives it, in host memory.
 
     Args:

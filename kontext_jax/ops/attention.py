@@ -32,6 +32,7 @@ from jax.sharding import PartitionSpec
 
 from kontext_jax.ops import attention_splash
 from kontext_jax.runtime import sharding
+from kontext_jax.types import Array, Bool, Float, Int
 
 Backend = Literal["auto", "reference", "chunked", "cudnn", "splash"]
 
@@ -41,20 +42,20 @@ QUERY_BLOCK = 384  # score rows held at a time by `chunked`
 # output of chunked and reference.
 SAVED_NAME = "attention"
 
-SegmentIds = tuple[jax.Array, jax.Array]
+SegmentIds = tuple[Int[Array, "B S"], Int[Array, "B keys"]]
 
 
 def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B H S Dh"],
+    k: Float[Array, "B H keys Dh"],
+    v: Float[Array, "B H keys Dh"],
     *,
     backend: Backend = "auto",
-    bias: jax.Array | None = None,
-    mask: jax.Array | None = None,
+    bias: Float[Array, "..."] | None = None,
+    mask: Bool[Array, "..."] | None = None,
     segment_ids: SegmentIds | None = None,
     scale: float | None = None,
-) -> jax.Array:
+) -> Float[Array, "B H S Dh"]:
     """Attention of q over k and v: [B, H, S, Dh] → [B, H, S, Dh] in q's dtype.
 
     "auto" is decided by the platform the program is *compiled* for, which need not be the one it

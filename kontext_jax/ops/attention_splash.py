@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kontext_jax.types import Array, Float, Int
+
 LANES = 128  # the kernel's tiles are this wide
 BLOCK_Q = 512
 MAX_BLOCK_KV = 2176
@@ -49,13 +51,13 @@ def largest_block(num_tokens: int, limit: int) -> int:
 
 
 def mha(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segment_ids: tuple[jax.Array, jax.Array] | None,
+    q: Float[Array, "B H S Dh"],
+    k: Float[Array, "B H keys Dh"],
+    v: Float[Array, "B H keys Dh"],
+    segment_ids: tuple[Int[Array, "B S"], Int[Array, "B keys"]] | None,
     scale: float,
     saved_name: str,
-) -> jax.Array:
+) -> Float[Array, "B H S Dh"]:
     """Attention of q over k and v: [B, H, S, Dh] → [B, H, S, Dh]; interpreted on CPU.
 
     Args:

@@ -17,17 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from kontext_jax.types import Array, Float
+
 # cosines and signed sines of the angles, as `rotate` takes them
-Rotation = tuple[jax.Array, jax.Array]
+Rotation = tuple[Float[Array, "... S Dh"], Float[Array, "... S Dh"]]
 
 
 def rope_table(
-    ids: np.ndarray,
+    ids: Float[np.ndarray, "... S 3"],
     axes_dim: Sequence[int],
     theta: float,
     precision: Literal["float64", "float32"] = "float64",
     ids_dtype=None,
-) -> np.ndarray:
+) -> Float[np.ndarray, "... 2 S half"]:
     """Cosines and sines for positions [..., S, 3]: float32 [..., 2, S, Dh/2].
 
     Args:
@@ -62,7 +64,7 @@ def rope_table(
     return np.stack([np.cos(angles), np.sin(angles)], axis=-3).astype(np.float32)
 
 
-def full_width(table: jax.Array) -> Rotation:
+def full_width(table: Float[Array, "... 2 S half"]) -> Rotation:
     """A table for `rotate`: [..., 2, S, Dh/2] of `rope_table` → two of [..., S, Dh].
 
     The cosines stand twice side by side, the sines with the sign of their half.
@@ -71,14 +73,16 @@ def full_width(table: jax.Array) -> Rotation:
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 
-def scaled(rotation: Rotation, scale: jax.Array) -> Rotation:
+def scaled(rotation: Rotation, scale: Float[Array, " Dh"]) -> Rotation:
     """The rotation of channels that were multiplied by scale [Dh] before."""
     cos, sin = rotation
     return cos * scale, sin * _exchanged(scale)
 
 
 @jax.custom_vjp
-def rotate(x: jax.Array, gain: jax.Array, rotation: Rotation) -> jax.Array:
+def rotate(
+    x: Float[Array, "B H S Dh"], gain: Float[Array, "#B #H #S 1"], rotation: Rotation
+) -> Float[Array, "B H S Dh"]:
     """gain · (cos · x + sin · x with its halves exchanged), in float32 and rounded once.
 
     A norm before the rotation is in `gain` and in the `rotation` (`scaled`), so that what is
@@ -139,7 +143,7 @@ def _exchange_halves(x: jax.Array) -> jax.Array:
     )
 
 
-def exchange_by_product(x: jax.Array) -> jax.Array:
+def exchange_by_product(x: Float[Array, "... Dh"]) -> Float[Array, "... Dh"]:
     """`x` with the halves of its last axis exchanged, by a permutation matrix: exact, in float32.
 
     For TPUs, whose vector unit is slow at moving the halves of its 128 lanes: slices and

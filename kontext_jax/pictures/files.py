@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, ImageOps, PngImagePlugin
 
 from kontext_jax.runtime import atomic
@@ -137,7 +138,9 @@ def quiet_pillow() -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def decode_picture(file: BinaryIO, name: str) -> tuple[np.ndarray, tuple[str, ...]]:
+def decode_picture(
+    file: BinaryIO, name: str
+) -> tuple[UInt8[np.ndarray, "height width 3"], tuple[str, ...]]:
     """Pixels uint8 [height, width, 3] of an open picture file, and notes as in `Picture`.
 
     Raises:
@@ -261,7 +264,12 @@ def _has_transparency(image: Image.Image) -> bool:
     return image.convert("RGBA").getchannel("A").getextrema()[0] < 255
 
 
-def resize(pixels: np.ndarray, width_px: int, height_px: int, box: Box | None = None) -> np.ndarray:
+def resize(
+    pixels: UInt8[np.ndarray, "height width 3"],
+    width_px: int,
+    height_px: int,
+    box: Box | None = None,
+) -> UInt8[np.ndarray, "height_px width_px 3"]:
     """Resizes uint8 [height, width, 3] by Lanczos; with `box`, only that part of the picture.
 
     The box may reach outside, where the picture is continued by its mirror image.
@@ -316,7 +324,11 @@ def check_writable(path: str | os.PathLike) -> None:
         ) from error
 
 
-def write_png(path: str | os.PathLike, pixels: np.ndarray, metadata: Mapping[str, Any]) -> None:
+def write_png(
+    path: str | os.PathLike,
+    pixels: UInt8[np.ndarray, "height width 3"],
+    metadata: Mapping[str, Any],
+) -> None:
     """Writes uint8 [height, width, 3] with `metadata` as JSON, beside the place and then renamed.
 
     The same pixels and metadata give the same bytes: no time and no path is kept.

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from kontext_jax.types import Array, Float, Tokens, typed
+from kontext_jax.types import Array, Float, Tokens, UInt8, typed
 
 VAE_FACTOR = 8  # pixels per latent cell, each way
 PATCH = 2  # latent cells per token, each way
@@ -117,7 +117,9 @@ def unpack(
     return x.reshape(b, latent_height, latent_width, c // PATCH**2)
 
 
-def image_ids(rows: int, columns: int, index: int = 0, first_column: int = 0) -> np.ndarray:
+def image_ids(
+    rows: int, columns: int, index: int = 0, first_column: int = 0
+) -> Float[np.ndarray, "tokens 3"]:
     """Positions (index, row, column) of rows × columns tokens: float32 [rows·columns, 3]."""
     ids = np.zeros((rows, columns, 3), np.float32)
     ids[..., 0] = index
@@ -126,12 +128,14 @@ def image_ids(rows: int, columns: int, index: int = 0, first_column: int = 0) ->
     return ids.reshape(-1, 3)
 
 
-def text_ids(num_text_tokens: int) -> np.ndarray:
+def text_ids(num_text_tokens: int) -> Float[np.ndarray, "T 3"]:
     """Positions of text tokens, all zero: float32 [T, 3]."""
     return np.zeros((num_text_tokens, 3), np.float32)
 
 
-def context_ids(grids: Sequence[tuple[int, int]], rule: PositionRule = "index") -> np.ndarray:
+def context_ids(
+    grids: Sequence[tuple[int, int]], rule: PositionRule = "index"
+) -> Float[np.ndarray, "tokens 3"]:
     """Positions of reference images on one sequence axis: float32 [sum of rows·columns, 3].
 
     Args:
@@ -154,12 +158,14 @@ def context_ids(grids: Sequence[tuple[int, int]], rule: PositionRule = "index") 
     return np.concatenate(parts)
 
 
-def pixels_to_model(image_uint8: np.ndarray) -> np.ndarray:
+def pixels_to_model(image_uint8: UInt8[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
     """Bytes to the autoencoder's range: x/127.5 − 1, float32 in [-1, 1]."""
     return image_uint8.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
-def model_to_pixels(image: np.ndarray, rule: Literal["round", "truncate"] = "round") -> np.ndarray:
+def model_to_pixels(
+    image: Float[np.ndarray, "..."], rule: Literal["round", "truncate"] = "round"
+) -> UInt8[np.ndarray, "..."]:
     """The autoencoder's range to bytes; values outside [-1, 1] are clamped.
 
     Args:

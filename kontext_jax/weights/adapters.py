@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from kontext_jax.models.parameter_axes import kernel_axes
 from kontext_jax.trees import flatten
@@ -40,7 +41,7 @@ class LowRank:
     def rank(self) -> int:
         return self.a.shape[-1]
 
-    def add_to(self, kernel: np.ndarray, scale: float) -> None:
+    def add_to(self, kernel: Float[np.ndarray, "..."], scale: float) -> None:
         """Adds scale · factor · a·b to a contiguous float32 kernel [*in, *out], in place.
 
         By blocks that stay in cache: one product of the kernel's size would cost several times as

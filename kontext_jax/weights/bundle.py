@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Shaped
 
 from kontext_jax.models.presets import CONFIG_CLASSES, PRESETS, Config, Preset, config_from_json
 from kontext_jax.runtime.atomic import write_folder, write_json
@@ -154,7 +155,7 @@ def read_edited(
     dtype: np.dtype | None,
     stored: np.dtype,
     edits: Edits,
-) -> np.ndarray:
+) -> Shaped[np.ndarray, "*shape"]:
     """`read(path, dtype)`, changed in float32 by its entry of `edits` and then rounded once."""
     if path not in edits:
         return read(path, dtype)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float
 
 from kontext_jax.models.judges.perceptual import NETS, Perceptual, PerceptualConfig
 from kontext_jax.runtime.programs import default_cache_dir
@@ -69,7 +70,9 @@ def check_leaves(leaves: Mapping[str, Any], config: PerceptualConfig, where: str
         )
 
 
-def save_perceptual(folder: Path, net: str, leaves: Mapping[str, np.ndarray], source: str) -> Path:
+def save_perceptual(
+    folder: Path, net: str, leaves: Mapping[str, Float[np.ndarray, "*shape"]], source: str
+) -> Path:
     """Writes FOLDER/NET.safetensors, beside and then renamed.
 
     Raises:

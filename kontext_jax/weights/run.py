@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from etils import epath
+from jaxtyping import Shaped
 
 from kontext_jax.models.presets import PRESETS, Config, Preset
 from kontext_jax.storage import arrays, step_folders
@@ -142,7 +143,7 @@ class TrainedTree:
                 batch = {}
         yield from self._load(batch)
 
-    def read_leaf(self, path: str, dtype: np.dtype | None = None) -> np.ndarray:
+    def read_leaf(self, path: str, dtype: np.dtype | None = None) -> Shaped[np.ndarray, "*shape"]:
         """One leaf on the host, free to be changed."""
         leaf = self.leaves[path]
         ((_, array),) = self._load({path: _wanted(path, leaf, dtype or leaf.dtype, None)})

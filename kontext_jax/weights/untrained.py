@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from kontext_jax.models.presets import PRESETS, Config
 from kontext_jax.storage.safetensors_reader import (
@@ -67,7 +68,7 @@ def _untrained_component(kind: str, config: Config) -> Component:
     return Component(config, load)
 
 
-def untrained_leaf(kind: str, path: str, shapes: Mapping[str, Any]) -> np.ndarray:
+def untrained_leaf(kind: str, path: str, shapes: Mapping[str, Any]) -> Float[np.ndarray, "*shape"]:
     """The float32 values that `untrained_bundle` gives a parameter, drawn from its path.
 
     Args:

@@ -24,7 +24,7 @@ from flax import linen as nn
 
 from kontext_jax.models.convolution import convolve
 from kontext_jax.models.layers import add_bias
-from kontext_jax.types import Image, typed
+from kontext_jax.types import Array, Float, Image, typed
 
 Norm = Literal["group", "batch", "none"]
 SLOPE = 0.2
@@ -66,7 +66,7 @@ class PatchDiscriminator(nn.Module):
 
     @nn.compact
     @typed
-    def __call__(self, image: Image) -> jax.Array:
+    def __call__(self, image: Image) -> Float[Array, "B rows columns"]:
         """Raises ValueError where a picture is too small to have a patch."""
         config = self.config
         height, width = image.shape[1:3]
@@ -100,7 +100,9 @@ class PatchConv(nn.Module):
     use_bias: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "B height width inputs"]
+    ) -> Float[Array, "B rows columns outputs"]:
         shape = (4, 4, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.normal(0.02), shape)
         y = convolve(x, kernel, self.stride, ((1, 1), (1, 1)))
@@ -109,7 +111,7 @@ class PatchConv(nn.Module):
         return add_bias(y, self.param("bias", nn.initializers.zeros, (self.features,)))
 
 
-def activate(x: jax.Array) -> jax.Array:
+def activate(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return nn.leaky_relu(x, SLOPE)
 
 
@@ -120,7 +122,7 @@ class PatchNorm(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B height width C"]) -> Float[Array, "B height width C"]:
         channels = x.shape[-1]
         scale = self.param(
             "scale", lambda key, shape: 1 + 0.02 * jax.random.normal(key, shape), (channels,)

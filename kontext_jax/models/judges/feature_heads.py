@@ -26,6 +26,7 @@ from kontext_jax.models.layers import (
     timestep_embedding,
 )
 from kontext_jax.runtime.sharding import constrain
+from kontext_jax.types import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +64,12 @@ class FeatureHeads(nn.Module):
 
     @nn.compact
     def __call__(
-        self, features: Sequence[jax.Array], t: jax.Array, vec: jax.Array, grid: tuple[int, int]
-    ) -> tuple[jax.Array, ...]:
+        self,
+        features: Sequence[Float[Array, "B L D"]],
+        t: Float[Array, " B"],
+        vec: Float[Array, "B pooled"],
+        grid: tuple[int, int],
+    ) -> tuple[Float[Array, "B rows columns"], ...]:
         """One map [B, rows, columns] for each of the features.
 
         Args:

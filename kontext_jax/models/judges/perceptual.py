@@ -12,11 +12,10 @@ AlexNet. Convolutions compute in `dtype`, distances in float32. Weights: `percep
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from kontext_jax.types import Image, typed
+from kontext_jax.types import Array, Float, Image, typed
 
 # LPIPS's scaling layer: ImageNet's means and deviations, for values in [-1, 1].
 SHIFT = (-0.030, -0.088, -0.188)
@@ -96,7 +95,7 @@ class Perceptual(nn.Module):
             setattr(self, f"head_{level}", Head(stage[-1].features))
 
     @typed
-    def features(self, image: Image) -> list[jax.Array]:
+    def features(self, image: Image) -> list[Float[Array, "B _ _ _"]]:
         """Feature maps [B, h_l, w_l, C_l] of the layers that are compared, not normalised.
 
         Raises:
@@ -121,7 +120,7 @@ class Perceptual(nn.Module):
         return found
 
     @typed
-    def __call__(self, a: Image, b: Image) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, a: Image, b: Image) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
         """LPIPS and the unweighted distance, float32 [B] each; 0 for equal pictures."""
         lpips = unweighted = 0.0
         pairs = zip(self.features(a), self.features(b), strict=True)
@@ -139,12 +138,12 @@ class Head(nn.Module):
     channels: int
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B height width C"]) -> Float[Array, "B height width 1"]:
         kernel = self.param("kernel", nn.initializers.constant(1 / self.channels), (self.channels,))
         return x @ kernel.astype(jnp.float32)
 
 
-def unit_length(features: jax.Array) -> jax.Array:
+def unit_length(features: Float[Array, "... C"]) -> Float[Array, "... C"]:
     """Cells divided by their length over channels, float32; cells that are 0 stay so.
 
     PyTorch's form has the same values, and a gradient of NaN where no channel is active.
