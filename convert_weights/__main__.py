@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import rich.table
 from rich.console import Console
@@ -64,7 +65,7 @@ def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
     )
     group.add_argument("--step", type=int, metavar="N", help="default: its newest checkpoint")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    axes = {
+    axes: dict[str, Any] = {
         "type": parse_axes,
         "metavar": "A,B,C",
         "help": "rotary axes of a transformer whose heads are not 128 wide and that has no "

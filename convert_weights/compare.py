@@ -13,7 +13,7 @@ from convert_weights.layouts import TITLES, guess_preset
 from convert_weights.rules import WeightMismatchError, difference_lines
 from convert_weights.sources import naming_hints, resolve
 from convert_weights.to_jax import Advance, gather
-from kontext_jax.models.presets import PRESETS, Config
+from kontext_jax.models.presets import PRESETS, Config, MMDiTConfig
 from kontext_jax.storage.safetensors_reader import dtype_name
 from kontext_jax.weights import bundle as checkpoint
 from kontext_jax.weights.bundle import KINDS
@@ -54,7 +54,7 @@ def compare(
     sides = [open_any(path_a, axes_dim)]
     try:
         sides.append(open_any(path_b, axes_dim))
-        return _compare(*sides, start)
+        return _compare(sides[0], sides[1], start)
     finally:
         for components in sides:
             for component in components.values():
@@ -141,7 +141,7 @@ def _model_names(component: AnyComponent, path: str) -> str:
         return str(checkpoint.read_manifest(path)["preset"])
     fitting = [p.name for p in PRESETS.values() if getattr(p, component.kind) == component.config]
     size = f"the size of {', '.join(fitting)}" if fitting else "not the size of a preset"
-    if component.kind != "mmdit":
+    if not isinstance(component.config, MMDiTConfig):
         return size
     try:
         hints = naming_hints(Path(path), {"mmdit": component})

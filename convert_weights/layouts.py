@@ -169,7 +169,13 @@ def infer_config(
             )
         return shapes[name]
 
-    infer = {"mmdit": _infer_mmdit, "vae": _infer_vae, "t5": _infer_t5, "clip": _infer_clip}[kind]
+    inferences: dict[str, Callable[..., Config]] = {
+        "mmdit": _infer_mmdit,
+        "vae": _infer_vae,
+        "t5": _infer_t5,
+        "clip": _infer_clip,
+    }
+    infer = inferences[kind]
     try:
         if kind == "mmdit":
             config = infer(naming, shapes, shape, foreign, where, axes_dim)
@@ -220,7 +226,11 @@ def checked_config(kind: str, config: Config, where: str) -> Config:
                 wrong.append(f"{field.name} {value!r}")
         elif not all(type(item) is kind_of for item in items):
             wrong.append(f"{field.name} {value!r}")
-    if not wrong and kind == "clip" and config.hidden_size % config.num_attention_heads:
+    if (
+        not wrong
+        and isinstance(config, CLIPConfig)
+        and config.hidden_size % config.num_attention_heads
+    ):
         wrong.append(f"{config.num_attention_heads} heads in a width of {config.hidden_size}")
     if wrong:
         raise WeightMismatchError(
@@ -241,7 +251,7 @@ def _infer_mmdit(
     foreign: Mapping[str, Any] | None,
     where: str,
     axes_dim: tuple[int, ...] | None,
-) -> MMDiTConfig:
+) -> Config:
     bfl = naming == "bfl"
     img_in, txt_in, vector_in, out, scale, mlp, bias, guidance = (
         (
@@ -444,9 +454,9 @@ def read_foreign_config(path: Path, kind: str) -> dict[str, Any] | None:
         if not names - {None}:
             return None  # some other tool's file
         found = next((k for k, v in expected.items() if names & v), None)
+        what = TITLES[found] if found else sorted(names - {None})
         raise WeightMismatchError(
-            f"{path} describes {TITLES.get(found, sorted(names - {None}))}, and the weights beside "
-            f"it are a {TITLES[kind]}"
+            f"{path} describes {what}, and the weights beside it are a {TITLES[kind]}"
         )
     if kind == "clip" and isinstance(config.get("text_config"), dict):
         return config["text_config"]
@@ -495,7 +505,7 @@ def preset_for(name: str, configs: Mapping[str, Config], where: str) -> Preset:
         raise WeightMismatchError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
     preset = PRESETS[name]
     mmdit = configs.get("mmdit")
-    if mmdit is not None and mmdit.guidance_embed != preset.mmdit.guidance_embed:
+    if isinstance(mmdit, MMDiTConfig) and mmdit.guidance_embed != preset.mmdit.guidance_embed:
         has = "a" if mmdit.guidance_embed else "no"
         needs = "one" if preset.mmdit.guidance_embed else "none"
         others = [
@@ -505,4 +515,5 @@ def preset_for(name: str, configs: Mapping[str, Config], where: str) -> Preset:
             f"{where}: wrong weights for {name}: they have {has} guidance embedding and {name} has "
             f"{needs}; these weights fit {', '.join(others)}"
         )
-    return dataclasses.replace(preset, **dict(configs))
+    own: dict[str, Any] = dict(configs)
+    return dataclasses.replace(preset, **own)

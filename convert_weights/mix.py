@@ -71,7 +71,8 @@ def mix(
     shift = defaults.pop("shift_timesteps", None)
     licence = notice.licence_of(preset, has_transformer=True)
     source = f"{1 - share:g} × {first.source} + {share:g} × {second.source}"
-    count, dtypes, written = 0, set(), 0
+    count, written = 0, 0
+    dtypes: set[str] = set()
 
     def fill(folder: Path) -> None:
         nonlocal count, written

@@ -26,7 +26,7 @@ from convert_weights.io import ForeignComponent, open_components
 from convert_weights.layouts import TITLES, guess_preset, preset_for, read_json_object
 from convert_weights.rules import WeightMismatchError
 from convert_weights.scheduler import read_sampling
-from kontext_jax.models.presets import Preset
+from kontext_jax.models.presets import MMDiTConfig, Preset
 from kontext_jax.weights import bundle as checkpoint
 from kontext_jax.weights.bundle import KINDS
 
@@ -70,9 +70,9 @@ class ModelSource:
         """
         configs = {kind: component.config for kind, component in self.components.items()}
         if name is None:
-            if "mmdit" not in configs:
+            if not isinstance(mmdit := configs.get("mmdit"), MMDiTConfig):
                 return None
-            name = guess_preset(configs["mmdit"], self.hints, self.where)
+            name = guess_preset(mmdit, self.hints, self.where)
         return dataclasses.replace(preset_for(name, configs, self.where), **self.sampling)
 
 
@@ -266,6 +266,7 @@ def open_foreign_bundle(path: str | Path, preset: str | None = None) -> checkpoi
     source = find_model(path)
     try:
         chosen = source.preset(preset)
+        assert chosen is not None, "a model has a transformer"
         readers = {kind: component.reader for kind, component in source.components.items()}
         identity = checkpoint.fingerprint(readers)
     except BaseException:

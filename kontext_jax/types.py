@@ -23,10 +23,11 @@ One letter may be another number in another function; within one it is the same 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from beartype import beartype
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt, UInt8, jaxtyped
 
@@ -38,6 +39,9 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 RandomKey = Key[Array, ""]
 """One of JAX's typed keys, `jax.random.key(seed)`."""
+
+AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
+"""An array of JAX or of NumPy; the result is of the same kind."""
 
 Tokens = Float[Array, "B L C"]
 Latents = Float[Array, "B latent_height latent_width Z"]
@@ -60,6 +64,7 @@ def typed(function: Callable) -> Callable:
 
 __all__ = [
     "DTYPES",
+    "AnyArray",
     "Array",
     "Bool",
     "Float",

@@ -100,7 +100,8 @@ class PublishedLayer:
         """Outputs and inputs."""
         sizes = list(self.slots[0].sizes)
         sizes[self.axis] = sum(slot.sizes[self.axis] for slot in self.slots)
-        return tuple(sizes)
+        outputs, inputs = sizes
+        return outputs, inputs
 
     def sections(self) -> Iterator[tuple[Slot, slice]]:
         """Each slot and its range on the divided axis."""

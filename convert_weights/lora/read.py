@@ -49,6 +49,7 @@ class Network:
     kind: str
     layers: Mapping[str, PublishedLayer]
     leaves: Mapping[str, PublishedLeaf]
+    _flat: Mapping[str, PublishedLayer] = dataclasses.field(init=False, repr=False, compare=False)
 
     def find_layer(self, name: str) -> PublishedLayer | None:
         """The layer that a tensor's name without its suffix means."""
@@ -206,7 +207,8 @@ def _match(file: SafetensorsFile, networks: list[Network]):
     """
     found: dict[str, dict[str, tuple[PublishedLayer, _Found]]] = {n.kind: {} for n in networks}
     replaced: dict[str, dict[str, Any]] = {n.kind: {} for n in networks}
-    lines, layouts = [], set()
+    lines: list[tuple[str, str]] = []
+    layouts: set[str] = set()
     for name, info in file.tensors.items():
         if not _place(name, found, replaced, layouts, networks, lines):
             lines.append((name, f"+ {name} {list(info.shape)}"))
@@ -229,10 +231,10 @@ def _match(file: SafetensorsFile, networks: list[Network]):
             what = "not a LoRA of a FLUX model"
         else:
             what = f"does not fit this {TITLES['mmdit']}"
-        lines = [line for _, line in sorted(lines, key=lambda item: natural_key(item[0]))]
+        told = [line for _, line in sorted(lines, key=lambda item: natural_key(item[0]))]
         raise WeightMismatchError(
-            f"{file.path}: {what}: {len(lines)} differences (- missing, + not the name of any "
-            "adapter of this model):\n  " + "\n  ".join(lines)
+            f"{file.path}: {what}: {len(told)} differences (- missing, + not the name of any "
+            "adapter of this model):\n  " + "\n  ".join(told)
         )
     if not any(found.values()):
         raise WeightMismatchError(f"{file.path}: holds no adapters")

@@ -5,6 +5,8 @@ the MLP's output projections into one. Its final layer's modulation is (shift, s
 stores (scale, shift). Both interleave the channels of a rotary pair; ours are half-split.
 """
 
+from typing import Any
+
 from convert_weights.rules import Flip, Part, Row, dense
 from kontext_jax.models.presets import MMDiTConfig
 
@@ -85,7 +87,7 @@ def _qk_norms(path: str, bfl: str, diffusers: dict, layers: str) -> list[Row]:
     ]
 
 
-_DIFFUSERS_STREAM = {
+_DIFFUSERS_STREAM: dict[str, dict[str, Any]] = {
     "img": {
         "mod": "norm1",
         "qkv": {n: f"attn.to_{n}" for n in "qkv"},

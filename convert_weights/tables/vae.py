@@ -77,7 +77,7 @@ def _attention(path: str, bfl: str, diffusers: str, channels: int) -> list[Row]:
     for name, (new, old) in _ATTENTION.items():
         sizes = {"I": channels, "O": channels}
         diffusers_names = {"diffusers": f"{diffusers}.{new}", "diffusers-old": f"{diffusers}.{old}"}
-        matrix = {"bfl": OneByOne(f"{bfl}.{name}"), **diffusers_names}
+        matrix: dict[str, str | OneByOne] = {"bfl": OneByOne(f"{bfl}.{name}"), **diffusers_names}
         vector = {"bfl": f"{bfl}.{name}", **diffusers_names}
         kernel, bias = f"{path}/{name}/kernel", f"{path}/{name}/bias"
         rows += [

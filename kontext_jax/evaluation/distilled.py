@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -115,8 +116,8 @@ def draw_row(
             pictures = row.model.make(prompts, sources, size, row.cfg, seed)
             seconds = time.monotonic() - start
             if file is not None:
-                keep.mkdir(parents=True, exist_ok=True)
-                arrays = {"pictures": np.stack(pictures), "seconds": seconds}
+                file.parent.mkdir(parents=True, exist_ok=True)
+                arrays: dict[str, Any] = {"pictures": np.stack(pictures), "seconds": seconds}
                 write_file(file, functools.partial(np.savez_compressed, **arrays))
         tries.append(pictures)
     return tries, 1000 * seconds / len(prompts)

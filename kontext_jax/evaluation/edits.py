@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -129,7 +130,8 @@ def mean_grade(tries: Sequence[Grade]) -> Grade:
         values = [getattr(one, field) for one in tries]
         return None if values[0] is None else float(np.mean(values))
 
-    return Grade(**{field.name: of(field.name) for field in dataclasses.fields(Grade)})
+    means: dict[str, Any] = {field.name: of(field.name) for field in dataclasses.fields(Grade)}
+    return Grade(**means)
 
 
 def wilson(successes: float, count: int) -> tuple[float, float]:
@@ -198,7 +200,8 @@ def evaluate(
       num_seeds: number of seeds of the noise.
       features: to measure distances by, of the first seed's pictures; None: leaves them out.
     """
-    report, made = {}, {}
+    report: dict[str, dict] = {}
+    made = {}
     size = world.size_px, world.size_px
     seeds = [seed + i * SEED_STRIDE for i in range(num_seeds)]
     for split in splits:

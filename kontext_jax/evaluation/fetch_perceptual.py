@@ -58,7 +58,7 @@ class _Dtype:
 
 class _Array:
     def __init__(self, *args: Any):
-        self.state = None
+        self.state: Any = None
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -163,7 +163,9 @@ def read_member(archive: Path, name: str) -> bytes:
             if member.name == name:
                 if not member.isreg() or member.size > MAX_MEMBER_BYTES:
                     raise ValueError(f"{archive}: {name} is no file of a likely size")
-                return tar.extractfile(member).read()
+                file = tar.extractfile(member)
+                assert file is not None, "a regular file has contents"
+                return file.read()
     raise ValueError(f"{archive}: no {name} in it")
 
 

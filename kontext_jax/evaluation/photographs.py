@@ -9,6 +9,7 @@ know what the photograph showed there.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -82,7 +83,8 @@ def evaluate(
     }
     if cfg != 1:
         rows[f"model, CFG {cfg:g}"] = lambda seed: model.make(prompts, before, size, cfg, seed)
-    report, made = {"count": count, "rows": {}}, {}
+    report: dict[str, Any] = {"count": count, "rows": {}}
+    made: dict[str, list] = {}
     for name, run in rows.items():
         numbers = range(num_seeds if name.startswith("model") else 1)
         tries = []

@@ -134,8 +134,8 @@ def make_measurement(
 
     def run(params: Params, perceptual_params: Params, pixels: jax.Array) -> Measured:
         image = pixels.astype(jnp.float32) / 127.5 - 1
-        decoded = vae.apply({"params": params}, image).astype(jnp.float32)
-        decoded = jnp.clip(decoded, -1, 1)
+        result: Any = vae.apply({"params": params}, image)
+        decoded = jnp.clip(result.astype(jnp.float32), -1, 1)
         rounded = jnp.round((decoded / 2 + 0.5) * 255) / 127.5 - 1
         results = dict(zip(FORMS, (rounded, decoded), strict=True))
         return {
@@ -316,7 +316,8 @@ def run(args: Any) -> int:
     if "vae" not in bundle.components:
         raise ValueError(f"{args.weights} has no autoencoder in it")
     component = bundle.components["vae"]
-    vae = VAE(component.config, jnp.dtype(args.dtype))
+    config: Any = component.config  # an autoencoder's
+    vae = VAE(config, jnp.dtype(args.dtype))
     vae.check_image((1, args.size, args.size, 3))
 
     def load(where) -> tuple[Params, Params]:

@@ -50,7 +50,7 @@ def _cell_templates(world: World, background: str, fill: str, style: str, cell: 
         pixels = behind
         if choice is not None:
             covered = coverage(choice[0], choice[2], cell, world.size_px)
-            pixels = behind + covered * (np.float32(COLOURS[choice[1]]) - behind)
+            pixels = behind + covered * (np.asarray(COLOURS[choice[1]], np.float32) - behind)
         looks.append(restyle(pixels, style)[_cell_slices(world.size_px)[cell]].ravel())
     return choices, np.stack(looks)
 

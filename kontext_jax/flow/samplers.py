@@ -47,7 +47,7 @@ def seed_words(seeds: Sequence[int]) -> UInt[np.ndarray, "B 2"]:
 
 def _keys(words: np.ndarray | jax.Array) -> jax.Array:
     # The generator is named, so that no global setting of JAX changes the picture.
-    return jax.random.wrap_key_data(words, impl="threefry2x32")
+    return jax.random.wrap_key_data(words, impl="threefry2x32")  # type: ignore[arg-type]
 
 
 def initial_noise(

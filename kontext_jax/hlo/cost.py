@@ -355,8 +355,8 @@ def lines(found: Estimate, num_ops: int = 12) -> list[str]:
         )
     if found.uncounted:
         out.append("without an estimate:")
-    for row in found.uncounted[:num_ops]:
-        out.append(f"  ×{row.count} {row.kind}: {row.bytes / 2**30:,.3f} GiB")
+    for rest in found.uncounted[:num_ops]:
+        out.append(f"  ×{rest.count} {rest.kind}: {rest.bytes / 2**30:,.3f} GiB")
     for loop in found.loops:
         assumed = "" if loop.exact else " (assumed: the text does not say)"
         out.append(f"loop {loop.name}: {loop.times} times, entered {loop.entered}{assumed}")

@@ -65,7 +65,7 @@ def tapped(block: type[nn.Module], read: Read) -> type[nn.Module]:
     their gradients. A rematerialised block goes in as such: nothing of `kept` is saved for it.
     """
 
-    class Tapped(block):
+    class Tapped(block):  # type: ignore[valid-type, misc]  # made from an argument
         def __call__(self, carry, slot, *inputs):
             carry, kept = carry
             carry, _ = super().__call__(carry, *inputs)

@@ -8,6 +8,7 @@
 float32.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -35,7 +36,7 @@ def pooled_positions(token_ids: Int[Array, "B T"], eos_token_id: int) -> Int[Arr
     return (token_ids == eos_token_id).argmax(axis=-1)
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI's approximation of the GELU
     "gelu": partial(nn.gelu, approximate=False),
 }
@@ -147,7 +148,7 @@ class CLIPText(nn.Module):
             in_axes=nn.broadcast,
             length=c.num_hidden_layers,
         )
-        causal = np.tri(num_tokens, dtype=bool)[None, None]  # [1, 1, query, key]
+        causal: Any = np.tri(num_tokens, dtype=bool)[None, None]  # [1, 1, query, key]
         x, _ = blocks(c, self.dtype, name="blocks")(x, causal)
         x = nn.LayerNorm(
             epsilon=c.layer_norm_eps,

@@ -15,6 +15,7 @@ makes of either what an objective takes.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,9 +48,9 @@ def encode_text(
       use_mask: hide padding from T5's attention. FLUX was trained without.
     """
     mask = jnp.asarray(ids.t5_mask) if use_mask else None
-    txt = t5.apply({"params": t5_params}, jnp.asarray(ids.t5), mask)
-    _, vec = clip.apply({"params": clip_params}, jnp.asarray(ids.clip))
-    return txt, vec
+    txt: Any = t5.apply({"params": t5_params}, jnp.asarray(ids.t5), mask)
+    features: Any = clip.apply({"params": clip_params}, jnp.asarray(ids.clip))
+    return txt, features[1]
 
 
 @typed
@@ -115,18 +116,19 @@ def make_conditioning(
         tuple(reference.shape[1:3] for reference in references),
         position_rule,
         numerics,
-        dtype,
+        dtype,  # type: ignore[arg-type]  # JAX's own dtypes can all be hashed
     )
     ctx = None
     if references:
         whole_batch = [jnp.broadcast_to(r, (batch, *r.shape[1:])) for r in references]
         ctx = reference_tokens(whole_batch)
+    told = None
     if guidance is not None:
-        guidance = jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), batch)
+        told = jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), batch)
     return Conditioning(
         txt=txt,
         vec=vec,
-        guidance=guidance,
+        guidance=told,
         ctx=ctx,
         pe=jnp.asarray(pe),
     )
@@ -137,7 +139,9 @@ def of_batch(batch: TokenBatch, guidance: Float[Array, " B"] | None) -> Conditio
     return Conditioning(batch.txt, batch.vec, guidance, batch.ctx, batch.pe)
 
 
-def _check_text(config: MMDiTConfig, txt: jax.Array, vec: jax.Array) -> None:
+def _check_text(
+    config: MMDiTConfig, txt: jax.Array | np.ndarray, vec: jax.Array | np.ndarray
+) -> None:
     batch, _, txt_width = txt.shape
     if txt_width != config.context_in_dim or vec.shape != (batch, config.vec_in_dim):
         raise ValueError(
@@ -214,7 +218,8 @@ def encode_pictures(encoders: Encoders, params: Params, pixels: UInt8[Array, "B 
     """Latents of pictures whose sides are multiples of 16: the posterior's mean, scaled; pure."""
     with encoders.precision():
         image = latents.pixels_to_model(pixels)
-        return encoders.vae.apply({"params": params["vae"]}, image, method="encode")
+        encoded: Any = encoders.vae.apply({"params": params["vae"]}, image, method="encode")
+        return encoded
 
 
 def encode_prompts(
@@ -272,7 +277,7 @@ def tokens_of(
 
     Args:
       encoded: a batch whose latents have even sides.
-      null_txt: features of the empty prompt, from `null_text`; likewise `null_vec`.
+      null_txt, null_vec: features of the empty prompt, from `null_text`.
 
     Raises:
       ValueError: the text features do not fit the transformer.
@@ -280,10 +285,11 @@ def tokens_of(
     _check_text(config, encoded.txt, encoded.vec)
     _check_text(config, null_txt[None], null_vec[None])
     references = [jnp.asarray(context, jnp.float32) for context in encoded.contexts]
+    rows, columns = encoded.x0.shape[1:3]
     pe = position_table(
         config,
         encoded.txt.shape[1],
-        tuple(encoded.x0.shape[1:3]),
+        (rows, columns),
         tuple(tuple(reference.shape[1:3]) for reference in references),
         position_rule,
     )
@@ -295,5 +301,5 @@ def tokens_of(
         null_txt=jnp.asarray(null_txt),
         null_vec=jnp.asarray(null_vec),
         pe=jnp.asarray(pe),
-        grid=tuple(side // latents.PATCH for side in encoded.x0.shape[1:3]),
+        grid=(rows // latents.PATCH, columns // latents.PATCH),
     )

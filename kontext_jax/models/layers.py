@@ -191,7 +191,8 @@ def low_rank_path(
     module: nn.Module, x: Float[Array, "..."], num_axes: int = 1
 ) -> Float[Array, "..."]:
     """x · a · b of the adapter that the collection "lora" holds for a module (`models/lora.py`)."""
-    a, b = (module.get_variable("lora", name) for name in ("a", "b"))
+    a: jax.Array = module.get_variable("lora", "a")
+    b: jax.Array = module.get_variable("lora", "b")
     return matmul(matmul(x, a, num_axes), b)
 
 
@@ -327,5 +328,6 @@ class Modulation(nn.Module):
     def _low_rank_path(self, rows: jax.Array) -> jax.Array:
         if self.num_layers is None:
             return low_rank_path(self, rows)
-        a, b = (self.get_variable("lora", name) for name in ("a", "b"))
+        a: jax.Array = self.get_variable("lora", "a")
+        b: jax.Array = self.get_variable("lora", "b")
         return jax.vmap(matmul, out_axes=1)(jax.vmap(matmul)(rows, a), b)

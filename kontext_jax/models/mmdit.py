@@ -316,12 +316,13 @@ class MMDiT(nn.Module):
         summed = self.time_in(timestep_embedding(scale_time(t, timestep_rounding, self.dtype)))
         if guidance is not None:
             # diffusers' detour through its scheduler is for t alone.
-            rounding = "none" if timestep_rounding == "none" else "bfl"
-            scaled = scale_time(guidance, rounding, self.dtype)
+            is_exact = timestep_rounding == "none"
+            scaled = scale_time(guidance, "none" if is_exact else "bfl", self.dtype)
             summed = summed + self.guidance_in(timestep_embedding(scaled))
         summed = summed + self.vector_in(vec)
-        double = self.double_mod(summed)
-        return ModulationVectors(*double, self.single_mod(summed), self.final_mod(summed))
+        double_img, double_txt = self.double_mod(summed)
+        single, final = self.single_mod(summed), self.final_mod(summed)
+        return ModulationVectors(double_img, double_txt, single, final)
 
     def denoise(
         self,
@@ -397,17 +398,19 @@ class MMDiT(nn.Module):
                 f"{num_img} image tokens"
             )
         layout = TokenLayout.on_mesh(num_txt, num_img)
-        names = *("batch",) * (pe.ndim - 3), "tokens", None
-        pe = tuple(constrain(layout.lay(x, axis=-2), *names) for x in full_width(pe))
+        batch_axes = ("batch",) * (pe.ndim - 3)
+        names = (*batch_axes, "tokens", None)
+        rotations = tuple(constrain(layout.lay(x, axis=-2), *names) for x in full_width(pe))
         img, txt = (_stream(layout.pad(x, axis=1)) for x in (img, txt))
-        return (_stream(self.img_in(img)), _stream(self.txt_in(txt))), pe, layout
+        return (_stream(self.img_in(img)), _stream(self.txt_in(txt))), rotations, layout
 
 
 def _remat_policy(name: Remat) -> Callable[..., bool] | None:
     if name == "full":
         return None
     policies = jax.checkpoint_policies
-    products = policies.save_only_these_names(*REMAT_POLICIES[name])
+    kept: Any = REMAT_POLICIES[name]
+    products = policies.save_only_these_names(*kept)
     return policies.save_from_both_policies(keeps_attention, products)
 
 
@@ -489,7 +492,7 @@ def prepare_steps(
     """
     t = jnp.asarray(timesteps, jnp.float32)[:-1, None]
     t = jnp.broadcast_to(t, (t.shape[0], cond.vec.shape[0]))
-    return model.apply(
+    vectors: Any = model.apply(
         {"params": params},
         t,
         cond.guidance,
@@ -497,3 +500,4 @@ def prepare_steps(
         numerics.timestep_rounding,
         method="modulation",
     )
+    return vectors

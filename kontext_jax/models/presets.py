@@ -193,7 +193,7 @@ _SCENES = Preset(  # learns the scenes of `kontext_jax.data.scenes` on two CPU c
     max_text_tokens=16,
     megapixels=0.004096,
 )
-_SMALL = (
+_SMALL: tuple[Preset, ...] = (
     _SCENES,
     dataclasses.replace(  # learns photographs too (configs/tiny_kontext.py)
         _SCENES,

@@ -29,7 +29,7 @@ from kontext_jax.models.convolution import convolve
 from kontext_jax.models.layers import Dense, add_bias
 from kontext_jax.models.presets import VAEConfig
 from kontext_jax.ops.attention import attention
-from kontext_jax.types import Array, Bool, Float, Image, Latents, RandomKey, typed
+from kontext_jax.types import AnyArray, Array, Bool, Float, Image, Latents, RandomKey, typed
 
 NORM_EPSILON = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' clamp; BFL has none. The mean path does not see it.
@@ -56,6 +56,7 @@ def group_moments(
     """
     x = x.astype(jnp.float32)
     batch, height, width, channels = x.shape
+    num_cells: int | Array
     if weight is None:
         num_cells, weigh = height * width, lambda y: y
     else:
@@ -330,8 +331,8 @@ class Level(nn.Module):
 
 
 def fold_patches(
-    image: Float[Array, "B height width C"] | Float[np.ndarray, "B height width C"], patch: int
-) -> Float[Array, "B rows columns folded"] | Float[np.ndarray, "B rows columns folded"]:
+    image: Float[AnyArray, "B height width C"], patch: int
+) -> Float[AnyArray, "B rows columns folded"]:
     """[B, patch·h, patch·w, C] → [B, h, w, patch·patch·C]; NumPy stays NumPy."""
     if patch == 1:
         return image
@@ -341,9 +342,8 @@ def fold_patches(
 
 
 def unfold_patches(
-    x: Float[Array, "B rows columns folded"] | Float[np.ndarray, "B rows columns folded"],
-    patch: int,
-) -> Float[Array, "B height width C"] | Float[np.ndarray, "B height width C"]:
+    x: Float[AnyArray, "B rows columns folded"], patch: int
+) -> Float[AnyArray, "B height width C"]:
     """Inverse of `fold_patches`."""
     if patch == 1:
         return x
@@ -391,7 +391,9 @@ class Encoder(nn.Module):
         blocks = [step for level in (*levels, self.mid) for step in level.steps()]
         return (self.conv_in, *blocks, self.norm_out, self.conv_out)
 
-    def __call__(self, x: Image) -> Float[Array, "B latent_height latent_width moments"]:
+    def __call__(
+        self, x: Float[Array, "B height width inputs"]
+    ) -> Float[Array, "B latent_height latent_width moments"]:
         return run_steps(self.steps(), x, self.remat)
 
 
@@ -424,7 +426,7 @@ class Decoder(nn.Module):
         blocks = [step for level in (self.mid, *levels) for step in level.steps()]
         return (self.conv_in, *blocks, self.norm_out, self.conv_out)
 
-    def __call__(self, x: Latents) -> Image:
+    def __call__(self, x: Latents) -> Float[Array, "B height width outputs"]:
         return self.conv_out(self.features(x))
 
     def features(self, x: Latents) -> Float[Array, "B rows columns C"]:
@@ -452,7 +454,7 @@ class VAE(nn.Module):
         """Pixels along one side of a latent cell."""
         return self.config.downsampling
 
-    def __call__(self, image: Image) -> Image:
+    def __call__(self, image: Image) -> Float[Array, "B height width channels"]:
         """The reconstruction of an image through its mean latents; touches every parameter."""
         return self.decode(self.encode(image))
 
@@ -469,7 +471,8 @@ class VAE(nn.Module):
     @typed
     def encode(self, image: Image, *, key: RandomKey | None = None) -> Latents:
         """Latents of an image in [-1, 1]: the posterior's mean, or with a key a sample of it."""
-        return self.to_latents(*self.moments(image), key=key)
+        mean, logvar = self.moments(image)
+        return self.to_latents(mean, logvar, key)
 
     @typed
     def decode(self, latents: Latents) -> Float[Array, "B height width channels"]:
@@ -483,7 +486,9 @@ class VAE(nn.Module):
         """What the decoder's last convolution sees; `decode_output` is that convolution."""
         return self.decoder.features(self.from_latents(latents))
 
-    def decode_output(self, features: Float[Array, "B rows columns C"]) -> Image:
+    def decode_output(
+        self, features: Float[Array, "B rows columns C"]
+    ) -> Float[Array, "B height width channels"]:
         """The image of `decode_features`; touches `decoder/conv_out` alone."""
         return unfold_patches(self.decoder.conv_out(features), self.config.patch)
 

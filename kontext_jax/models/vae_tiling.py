@@ -217,8 +217,8 @@ def _over_tiles(
     factor = maps[0].shape[1] // grid.latent_height
     out_factor = int(factor * resampling)
     out_height, out_width = (n * out_factor for n in (grid.latent_height, grid.latent_width))
-    outs = None if out is None else [out]
-    measured = []
+    outs: list[np.ndarray] | None = None if out is None else [out]
+    measured: list[Any] = []
 
     def collect(rows, columns, results, statistics):
         nonlocal outs
@@ -232,12 +232,12 @@ def _over_tiles(
             measured.append(jax.tree.map(np.asarray, statistics))
 
     # The device works on one tile while the one before is copied to the host.
-    in_flight = collections.deque()
+    in_flight: collections.deque[tuple] = collections.deque()
     for origin in grid.origins():
         spans = grid.spans(origin, factor)
         bordered = [range(s.start - halo[0], s.stop + halo[1]) for s in spans]
         tiles = [_cut(maps[0], *bordered), *(_cut(m, *spans) for m in maps[1:])]
-        given = {} if moments is None else {"moments": moments}
+        given: dict[str, Any] = {} if moments is None else {"moments": moments}
         if halo != (0, 0):
             given["inside"] = _inside(bordered, maps[0].shape[1:3])
         out_spans = grid.spans(origin, out_factor)
@@ -248,6 +248,7 @@ def _over_tiles(
             collect(*in_flight.popleft())
     while in_flight:
         collect(*in_flight.popleft())
+    assert outs is not None, "there is a tile"
     return outs, _merge(measured) if groups else None
 
 

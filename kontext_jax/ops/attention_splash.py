@@ -79,7 +79,8 @@ def mha(
         use_fused_bwd_kernel=True,
     )
     if segment_ids is None and padded_kv != num_keys:
-        segment_ids = (jnp.zeros((q.shape[0], n), jnp.int32) for n in (num_queries, num_keys))
+        one_segment = [jnp.zeros((q.shape[0], n), jnp.int32) for n in (num_queries, num_keys)]
+        segment_ids = one_segment[0], one_segment[1]
     segments = None
     if segment_ids is not None:  # they cost a little even where nothing is padded
         q_ids, kv_ids = segment_ids

@@ -55,12 +55,12 @@ def rope_table(
     if ids_dtype is not None:
         ids = ids.astype(ids_dtype)
     ids = ids.astype(precision)
-    angles = []
+    parts = []
     for axis, dim in enumerate(axes_dim):
         exponent = np.arange(0, dim, 2, dtype=precision) / np.asarray(dim, precision)
         frequencies = 1 / np.asarray(theta, precision) ** exponent
-        angles.append(ids[..., axis, None] * frequencies)
-    angles = np.concatenate(angles, axis=-1)
+        parts.append(ids[..., axis, None] * frequencies)
+    angles = np.concatenate(parts, axis=-1)
     return np.stack([np.cos(angles), np.sin(angles)], axis=-3).astype(np.float32)
 
 
@@ -123,7 +123,8 @@ rotate.defvjp(_rotate_fwd, _rotate_bwd)
 
 def _for_heads(rotation: Rotation) -> Rotation:
     """[(B,) S, Dh] → [(B,) 1, S, Dh]."""
-    return tuple(x[..., None, :, :] for x in rotation)
+    cos, sin = rotation
+    return cos[..., None, :, :], sin[..., None, :, :]
 
 
 def _sum_to(x, shape):

@@ -261,7 +261,8 @@ def _has_transparency(image: Image.Image) -> bool:
     """Whether some pixel is not opaque."""
     if not image.has_transparency_data:
         return False
-    return image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+    lowest: Any = image.convert("RGBA").getchannel("A").getextrema()[0]  # of the only band
+    return lowest < 255
 
 
 def resize(

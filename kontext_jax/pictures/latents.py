@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from kontext_jax.types import Array, Float, Tokens, UInt8, typed
+from kontext_jax.types import AnyArray, Array, Float, Tokens, UInt8, typed
 
 VAE_FACTOR = 8  # pixels per latent cell, each way
 PATCH = 2  # latent cells per token, each way
@@ -158,7 +158,7 @@ def context_ids(
     return np.concatenate(parts)
 
 
-def pixels_to_model(image_uint8: UInt8[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+def pixels_to_model(image_uint8: UInt8[AnyArray, "..."]) -> Float[AnyArray, "..."]:
     """Bytes to the autoencoder's range: x/127.5 − 1, float32 in [-1, 1]."""
     return image_uint8.astype(np.float32) / np.float32(127.5) - np.float32(1)
 

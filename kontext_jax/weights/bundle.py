@@ -36,7 +36,6 @@ if TYPE_CHECKING:  # converting and inspecting weights must not wait for jax to 
     import jax
 
     from kontext_jax.types import Params
-    from kontext_jax.weights.adapters import AppliedAdapter
 
 FORMAT = 1
 MANIFEST = "kontext_jax.json"
@@ -372,7 +371,7 @@ def open_bundle(
         rule = sampling_rule(manifest)
     except ValueError as error:
         raise TensorFileError(f"{directory / MANIFEST}: {error}") from None
-    configs = {kind: component.config for kind, component in components.items()}
+    configs: dict[str, Any] = {kind: own.config for kind, own in components.items()}
     preset = dataclasses.replace(PRESETS[manifest["preset"]], **configs, **rule)
     return ModelBundle(preset, components, tokenizer_dirs, manifest["source"], identity)
 
@@ -431,14 +430,15 @@ def parameter_shapes(kind: str, config: Config) -> Params:
     from kontext_jax.models import clip, mmdit, t5, vae
 
     tokens = jnp.zeros((1, 8), jnp.int32)
+    sizes: Any = config  # of the class that belongs to the kind
 
     def init(key: jax.Array) -> Params:
         if kind == "mmdit":
-            return mmdit.init_params(mmdit.MMDiT(config), key)
+            return mmdit.init_params(mmdit.MMDiT(sizes), key)
         if kind == "vae":
-            side = 2 * config.downsampling
-            return vae.VAE(config).init(key, jnp.zeros((1, side, side, 3)))["params"]
-        model = t5.T5Encoder(config) if kind == "t5" else clip.CLIPText(config)
+            side = 2 * sizes.downsampling
+            return vae.VAE(sizes).init(key, jnp.zeros((1, side, side, 3)))["params"]
+        model = t5.T5Encoder(sizes) if kind == "t5" else clip.CLIPText(sizes)
         return model.init(key, tokens)["params"]
 
     return jax.eval_shape(init, jax.random.key(0))

@@ -24,14 +24,19 @@ from kontext_jax.weights.untrained import untrained_leaf
 def grown(component: Component, config: MMDiTConfig) -> tuple[Component, list[str]]:
     """The transformer with what `config` has and it has not, and a line for each addition."""
     additions = []
-    if config.guidance_embed and not component.config.guidance_embed:
+    if config.guidance_embed and not _transformer(component).guidance_embed:
         component = with_guidance_input(component)
         additions.append("an input for guidance added, its output zero")
-    count = config.out_channels // component.config.out_channels
+    count = config.out_channels // _transformer(component).out_channels
     if count > 1:
         component = with_velocities(component, count)
         additions.append(f"its last layer repeated for {count} velocities")
     return component, additions
+
+
+def _transformer(component: Component) -> MMDiTConfig:
+    assert isinstance(component.config, MMDiTConfig)
+    return component.config
 
 
 def with_guidance_input(component: Component) -> Component:
@@ -43,9 +48,10 @@ def with_guidance_input(component: Component) -> Component:
     Raises:
       ValueError: it has the input already.
     """
-    if component.config.guidance_embed:
+    own_config = _transformer(component)
+    if own_config.guidance_embed:
         raise ValueError("this transformer takes guidance already; its input is not replaced")
-    config = dataclasses.replace(component.config, guidance_embed=True)
+    config = dataclasses.replace(own_config, guidance_embed=True)
     shapes = dict(flatten(parameter_shapes("mmdit", config)))
     own = [path for path in shapes if path.startswith("guidance_in/")]
 
@@ -68,7 +74,7 @@ def with_guidance_input(component: Component) -> Component:
 
 def with_velocities(component: Component, count: int) -> Component:
     """A transformer that gives `count` velocities a token, all of them what it gave before."""
-    config = component.config
+    config = _transformer(component)
     config = dataclasses.replace(config, out_channels=count * config.out_channels)
 
     def load(dtype=None, device=None, edits: Edits = NO_EDITS) -> Params:

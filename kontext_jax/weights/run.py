@@ -299,7 +299,9 @@ def training_bundle(
     """
     tree = open_run(run, which, step, tell)
     preset = PRESETS[tree.settings["preset"]]
-    components, tokenizer_dirs, base = {}, {}, {}
+    components: dict[str, Component] = {}
+    tokenizer_dirs: dict[str, Path] = {}
+    base: dict[str, Any] = {}
     for setting, bundle in _began_from(tree, open_weights):
         components |= bundle.components
         tokenizer_dirs |= bundle.tokenizer_dirs
@@ -307,7 +309,7 @@ def training_bundle(
             base = own_defaults(bundle.preset)
     if not tree.is_lora:
         components[tree.kind] = _trained_component(tree)
-    configs = {kind: component.config for kind, component in components.items()}
+    configs: dict[str, Any] = {kind: own.config for kind, own in components.items()}
     preset = dataclasses.replace(preset, **configs, **defaults_of_run(tree.settings, base))
     source = f"{tree.source} ({preset.name})"
     bundle = ModelBundle(preset, components, tokenizer_dirs, source, tree.identity())

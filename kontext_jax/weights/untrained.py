@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -29,6 +29,9 @@ from kontext_jax.weights.bundle import (
     place_leaves,
     read_edited,
 )
+
+if TYPE_CHECKING:
+    from kontext_jax.types import Params
 
 UNTRAINED = "untrained"  # in place of a path to weights
 

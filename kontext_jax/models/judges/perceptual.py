@@ -102,7 +102,8 @@ class Perceptual(nn.Module):
           ValueError: the picture is so small that a layer has no cell.
         """
         x = (image.astype(jnp.float32) - jnp.array(SHIFT)) / jnp.array(SCALE)
-        x, found, index = x.astype(self.dtype), [], 0
+        x, index = x.astype(self.dtype), 0
+        found: list[Array] = []
         for stage, pool in zip(self.config.stages, self.config.pools, strict=True):
             if pool is not None:
                 window, stride = pool
@@ -122,7 +123,8 @@ class Perceptual(nn.Module):
     @typed
     def __call__(self, a: Image, b: Image) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
         """LPIPS and the unweighted distance, float32 [B] each; 0 for equal pictures."""
-        lpips = unweighted = 0.0
+        lpips: Any = 0.0
+        unweighted: Any = 0.0
         pairs = zip(self.features(a), self.features(b), strict=True)
         for level, (left, right) in enumerate(pairs):
             difference = jnp.square(unit_length(left) - unit_length(right))
