@@ -24,14 +24,14 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from kontext_jax.data.worlds.scenes import WORLDS, SceneExample, SceneSource, World, render
+from kontext_jax.data.worlds.scenes import WORLDS, SceneExample, SceneSource, Split, World, render
 from kontext_jax.evaluation import edits
 from kontext_jax.evaluation.edit_features import Features
 from kontext_jax.evaluation.edit_report import TITLES, markdown, mean_text, rate_text, rows_sheet
@@ -139,10 +139,10 @@ def evaluate(
     count: int,
     seed: int,
     num_seeds: int,
-    splits: Sequence[str] = edits.SPLITS,
+    splits: Sequence[Split] = edits.SPLITS,
     features: Features | None = None,
     keep: Path | None = None,
-    tell=lambda line: None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> tuple[dict, dict[str, Drawn]]:
     """The report, and what was made, by split.
 
@@ -164,7 +164,7 @@ def evaluate(
     ordered = sorted(rows, key=lambda row: row.name != teacher)
     report: dict = {"teacher": teacher, "seeds": num_seeds, "splits": {}}
     report["rows"] = {row.name: row.facts for row in rows}
-    made = {}
+    made: dict[str, Drawn] = {}
     size = world.size_px, world.size_px
     seeds = [seed + i * edits.SEED_STRIDE for i in range(num_seeds)]
     for split in splits:

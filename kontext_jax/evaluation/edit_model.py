@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from kontext_jax.flow.names import Sampler
 from kontext_jax.flow.samplers import initial_noise
@@ -112,10 +112,10 @@ class Model:
         self,
         prompts: Sequence[str],
         references: list[np.ndarray],
-        noise: np.ndarray,
+        noise: Float[Array, "B latent_height latent_width Z"],
         seeds: Sequence[int],
         cfg: float,
-    ) -> np.ndarray:
+    ) -> Float[Array, "B latent_height latent_width Z"]:
         """Latents of pictures from prompts, encoded references, and noise drawn by the seeds."""
         count = len(prompts)
         negative = scale = None

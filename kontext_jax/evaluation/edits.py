@@ -21,7 +21,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from kontext_jax.data.worlds.scenes import (
     Scene,
     SceneExample,
     SceneSource,
+    Split,
     World,
     render,
 )
@@ -44,7 +45,7 @@ from kontext_jax.evaluation.scene_parser import parse
 
 CHANGED_DELTA_E, EDITED_DELTA_E, PRESERVED_DELTA_E = 5, 10, 5
 MAX_PSNR = 60.0
-SPLITS = ("seen", "held_out")
+SPLITS: tuple[Split, ...] = ("seen", "held_out")
 SEED_STRIDE = 100_000  # between seeds of noise, each of which counts up from picture to picture
 
 
@@ -188,9 +189,9 @@ def evaluate(
     cfg: float,
     seed: int,
     num_seeds: int = 1,
-    splits: Sequence[str] = SPLITS,
+    splits: Sequence[Split] = SPLITS,
     features: Features | None = None,
-    tell=lambda line: None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> tuple[dict, dict]:
     """The report, and what was made with the first seed: split → (examples, row → pictures).
 
@@ -262,7 +263,12 @@ def grade_tries(
     return summarise(examples, [mean_grade(own) for own in zip(*grades, strict=True)])
 
 
-def feature_distances(features: Features, before, results, after) -> dict:
+def feature_distances(
+    features: Features,
+    before: Sequence[UInt8[np.ndarray, "height width 3"]],
+    results: Sequence[UInt8[np.ndarray, "height width 3"]],
+    after: Sequence[UInt8[np.ndarray, "height width 3"]],
+) -> dict:
     """Of results and sources outside the edits, and of results and targets as a whole."""
     changed = [delta_e(a, b) > CHANGED_DELTA_E for a, b in zip(before, after, strict=True)]
     return {
@@ -271,7 +277,7 @@ def feature_distances(features: Features, before, results, after) -> dict:
     }
 
 
-def caption_examples(world: World, split: str, count: int, seed: int) -> list[SceneExample]:
+def caption_examples(world: World, split: Split, count: int, seed: int) -> list[SceneExample]:
     """Scenes to be drawn from their captions."""
     captions = dataclasses.replace(world, kinds=(CAPTION,))
     source = SceneSource(captions, split, seed=seed, count=count)

@@ -84,10 +84,11 @@ def _draw_chain(source: SceneSource, kinds: list[str], num_turns: int, entropy: 
     rng = np.random.default_rng(entropy)
     while True:
         scene = source[int(rng.integers(len(source)))].source
-        if scene.things and scene.style == "plain":
+        if scene is not None and scene.things and scene.style == "plain":
             break
     stays = scene.things[int(rng.integers(len(scene.things)))]
-    scenes, texts = [scene], []
+    scenes: list[Scene] = [scene]
+    texts: list[str] = []
     while len(texts) < num_turns:
         kind = kinds[int(rng.integers(len(kinds)))] if len(scenes[-1].things) > 1 else "add"
         example = source.edit_object(rng, kind, scenes[-1], "")

@@ -8,7 +8,7 @@ know what the photograph showed there.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,7 @@ def evaluate(
     seed: int = 0,
     num_seeds: int = 1,
     side_px: int = 64,
-    tell=lambda line: None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> tuple[dict, tuple]:
     """The report, and what was made with the first seed: (examples, row → pictures).
 

@@ -17,6 +17,8 @@ from kontext_jax.hlo.text import ITEM_BYTES, Instruction, Program, arrays
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
+Role = Literal["sync", "start", "done"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
@@ -38,7 +40,7 @@ class Collective:
     dtype: str
     full_bytes: float
     link_bytes: float
-    role: Literal["sync", "start", "done"]
+    role: Role
     key: str
     group: tuple[int, ...]
 
@@ -46,7 +48,8 @@ class Collective:
 def collectives_of(program: Program, where: str, instruction: Instruction) -> list[Collective]:
     """The collectives that an instruction runs, starts or waits for."""
     op = instruction.op
-    for suffix, role in (("-start", "start"), ("-done", "done"), ("", "sync")):
+    roles: dict[str, Role] = {"-start": "start", "-done": "done", "": "sync"}
+    for suffix, role in roles.items():
         if op.removesuffix(suffix) in KINDS and op.endswith(suffix):
             key = instruction.name if role != "done" else instruction.operands[0]
             return [_collective(program, where, instruction, role, key)]
@@ -92,7 +95,7 @@ def _within(program: Program, name: str) -> list[Collective]:
 
 
 def _collective(
-    program: Program, where: str, instruction: Instruction, role: str, key: str, kind: str = ""
+    program: Program, where: str, instruction: Instruction, role: Role, key: str, kind: str = ""
 ) -> Collective:
     kind = kind or instruction.op.removesuffix("-start").removesuffix("-done")
     group = _group(instruction.attributes, program.num_partitions)
@@ -102,7 +105,7 @@ def _collective(
         found = found[len(found) // 2 :]
     elif instruction.op == "collective-permute-start":  # (source, destination, …)
         found = found[1:2]
-    sizes: dict[str, float] = collections.Counter()
+    sizes: dict[str, float] = collections.defaultdict(int)
     for dtype, dims in found:
         sizes[dtype] += ITEM_BYTES[dtype] * math.prod(dims)
     dtype = max(sizes, key=sizes.__getitem__, default="")

@@ -257,9 +257,9 @@ class _Estimator:
             return seconds
         if self._analytic:
             return self._roofline(where, instruction, times)
-        cycles = instruction.cycles
-        if cycles:
-            seconds = cycles / self._chip.clock_hz
+        cycles, clock_hz = instruction.cycles, self._chip.clock_hz
+        if cycles and clock_hz:
+            seconds = cycles / clock_hz
             self._add(instruction, self._category(instruction), times, seconds)
             return seconds
         if cycles is None and not collectives_of(self._program, where, instruction):

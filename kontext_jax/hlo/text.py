@@ -213,7 +213,7 @@ class Program:
         if root is None or root.op != "compare" or root.attribute("direction") not in _MIRRORED:
             return None
         left, right = (self._value(where, name, arguments) for name in root.operands)
-        direction = root.attribute("direction")
+        direction = root.attribute("direction") or ""
 
         def start_and_step(side: Any) -> tuple[int | None, int]:
             if not isinstance(side, _Carried):

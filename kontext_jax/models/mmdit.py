@@ -164,7 +164,14 @@ class DoubleBlock(nn.Module):
         self.img_attn, self.txt_attn = stream(), stream()
         self.img_mlp, self.txt_mlp = MLP(self.config, self.dtype), MLP(self.config, self.dtype)
 
-    def __call__(self, carry, img_mod, txt_mod, pe, layout):
+    def __call__(
+        self,
+        carry: tuple[Float[Array, "B L D"], Float[Array, "B T D"]],
+        img_mod: Float[Array, "B 6 D"],
+        txt_mod: Float[Array, "B 6 D"],
+        pe: Rotation,
+        layout: TokenLayout,
+    ) -> tuple[tuple[Float[Array, "B L D"], Float[Array, "B T D"]], None]:
         """carry (img, txt); img_mod, txt_mod [B, 6, D]."""
         img, txt = (_stream(x) for x in carry)
         txt_pe, img_pe = zip(*(layout.separate(x, axis=-2) for x in pe), strict=True)
@@ -196,7 +203,13 @@ class SingleBlock(_Projections):
         self.attn_out = self.out_projection(use_bias=False)
         self.mlp_out = Dense((self.config.hidden_size,), dtype=self.dtype)
 
-    def __call__(self, x, mod, pe, layout):
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        mod: Float[Array, "B 3 D"],
+        pe: Rotation,
+        layout: TokenLayout,
+    ) -> tuple[Float[Array, "B S D"], None]:
         """x [B, S, D]; mod [B, 3, D]."""
         x = _stream(x)
         normed = modulated_norm(x, mod[:, 0], mod[:, 1])

@@ -102,7 +102,9 @@ def load_picture(path: str | os.PathLike, name: str | None = None) -> Picture:
     return Picture(name, pixels, digest, notes)
 
 
-def picture_in_memory(image: Image.Image | np.ndarray, name: str) -> Picture:
+def picture_in_memory(
+    image: Image.Image | UInt8[np.ndarray, "height width 3"], name: str
+) -> Picture:
     """A picture that is no file, read as `load_picture` reads one; `image` stays as it is.
 
     A PIL image of several frames gives its current one.
@@ -111,21 +113,23 @@ def picture_in_memory(image: Image.Image | np.ndarray, name: str) -> Picture:
       ValueError: an array that is not uint8 [height, width, 3], a damaged picture, no pixels, or
         more than MAX_PIXELS.
     """
-    is_pil = isinstance(image, Image.Image)
-    if not is_pil and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3):
+    if not isinstance(image, Image.Image) and (
+        image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3
+    ):
         raise ValueError(
             f"image {name} is {image.dtype} {list(image.shape)}; expected uint8 [height, width, 3]"
         )
-    width, height = image.size if is_pil else image.shape[1::-1]
+    width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
     if not width * height:
         raise ValueError(f"image {name} has no pixels: it is {width}×{height}")
     if width * height > MAX_PIXELS:
         raise ValueError(_too_large(name, width * height))
-    if is_pil:
+    notes: tuple[str, ...] = ()
+    if isinstance(image, Image.Image):
         with _named_errors(name):
             pixels, notes = _upright_rgb(image, name)
     else:
-        pixels, notes = np.array(image), ()
+        pixels = np.array(image)
     digest = hashlib.sha256(f"RGB {pixels.shape}".encode() + pixels.tobytes()).hexdigest()
     return Picture(name, pixels, digest, notes)
 

@@ -179,23 +179,23 @@ def open_run(
       CheckpointError: there is no such checkpoint.
       ValueError: it does not hold what is wanted.
     """
-    run = step_folders.absolute(run)
-    finished, _ = step_folders.list_steps(run / CHECKPOINTS)
+    home = step_folders.absolute(run)
+    finished, _ = step_folders.list_steps(home / CHECKPOINTS)
     if step is not None and step not in finished:
         raise CheckpointError(
-            f"{run} has no finished checkpoint of step {step}; there are: "
+            f"{home} has no finished checkpoint of step {step}; there are: "
             f"{', '.join(map(str, finished)) or 'none'}"
         )
     reports = []
     for candidate in [step] if step is not None else finished[::-1]:
-        folder = run / CHECKPOINTS / str(candidate)
+        folder = home / CHECKPOINTS / str(candidate)
         damage = step_folders.find_damage(folder, check_contents=False)
         if not damage:
-            return _open_step(run, candidate, which)
+            return _open_step(home, candidate, which)
         reports.append("\n    ".join([f"{folder} is damaged:", *damage]))
         tell(f"WARNING: {reports[-1]}")
     listed = "\n  ".join(reports) or "it holds no finished checkpoint"
-    raise CheckpointError(f"{run}: no weights in it:\n  {listed}")
+    raise CheckpointError(f"{home}: no weights in it:\n  {listed}")
 
 
 def _open_step(run: epath.Path, step: int, which: Which | None) -> TrainedTree:
