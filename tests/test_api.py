@@ -160,6 +160,21 @@ def test_bad_options_are_refused_by_name(pipe):
         pipe.steps(PROMPT, "example:cat", guidance=3.0)  # before the first step is asked for
 
 
+def test_the_current_frame_of_an_animation_is_taken(tmp_path):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "two.png", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "two.png") as image:
+        image.seek(1)
+        picture = api._read(image)
+    assert picture.notes[0] == "number 2 of 2 frames"
+    assert picture.pixels[8, 8].tolist() == [0, 0, 255]
+
+
+def test_a_prompt_that_is_cut_is_a_warning(pipe):
+    with pytest.warns(UserWarning, match="prompt"):
+        pipe("blue " * 200, "example:cat", num_steps=1)
+
+
 def test_a_result_is_a_picture_too(pipe, blue):
     by_result = pipe("make it night", blue, seed=1, num_steps=2)
     by_pixels = pipe("make it night", blue.image, seed=1, num_steps=2)
