@@ -1,4 +1,4 @@
-"""Whole edits through `kontext_jax.pipeline.Pipeline`, asked for as diffusers is asked."""
+"""Whole edits through `kontext_jax.sampling.pipeline.Pipeline`, asked for as diffusers is asked."""
 
 import dataclasses
 from pathlib import Path
@@ -146,7 +146,7 @@ def pipeline(call: Call) -> dict:
     assert list(sizes.output) == call.spec["target_size"]
 
     if (expected_ids := call.spec.get("tokenizer_ids")) is not None:
-        tokenizers = Tokenizers(**ours.bundle.tokenizer_dirs)
+        tokenizers = Tokenizers(**ours.stages.bundle.tokenizer_dirs)
         ids, _ = tokenizers.tokenize([arguments["prompt"]], arguments["max_sequence_length"])
         assert ids.t5.tolist() == expected_ids["t5_input_ids"]
         assert ids.clip.tolist() == expected_ids["clip_input_ids"]
@@ -175,7 +175,7 @@ def pipeline(call: Call) -> dict:
 def steps_of(ours: Pipeline, made: Edit, noise: np.ndarray, arguments: dict) -> dict:
     """What the pipeline keeps to itself: every step, from the same networks and features."""
     model = MMDiT(ours.preset.mmdit, dtype=jnp.float32)
-    params = ours.bundle.components["mmdit"].load(dtype=jnp.float32)
+    params = ours.stages.bundle.components["mmdit"].load(dtype=jnp.float32)
     img = latents.pack(to_nhwc(noise))
     batch, num_tokens = img.shape[:2]
     grid = [side // latents.PATCH for side in noise.shape[2:]]
