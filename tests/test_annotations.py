@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 
 # Rooms (tools/rooms.py) whose public functions all name their dimensions.
 DONE: tuple[str, ...] = (
-    *("charts", "convert_weights", "evaluation", "fields", "flow", "models", "objectives", "ops"),
-    *("pictures", "plan", "runtime", "sampling", "training", "weights"),
+    *("__init__", "charts", "convert_weights", "evaluation", "fields", "flow", "models"),
+    *("objectives", "ops", "pictures", "plan", "runtime", "sampling", "training", "weights"),
 )
 
 PACKAGES = ("kontext_jax", "convert_weights")

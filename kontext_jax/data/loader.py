@@ -122,7 +122,7 @@ class _Reader:
     ) -> tuple[Example, list[np.ndarray], list[tuple[str, str]]]:
         """The example of a row, or the one that stands in for it, and what had to be skipped."""
         planned = number = int(batch.examples[row])
-        notes = []
+        notes: list[tuple[str, str]] = []
         while True:
             try:
                 return *self.dataset.pictures(number, len(batch.kind.contexts)), notes
