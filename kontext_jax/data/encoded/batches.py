@@ -3,6 +3,10 @@
 The order, the kinds and the dropping of references are `order`'s, with the samples of the folder as
 examples, sorted by id: neither the shards nor who wrote them matter. A record is found by its
 sample's id and says its id itself, so latents, references and text always belong together.
+
+The threads are our own, not grain's as for pictures. A record is nearly nothing but copying of
+memory: with grain, whose order and resuming were the same in all tests, a second of CPU time gave
+150 pairs of 1024² in place of 270, and a read of rows in place of batches gave 190.
 """
 
 import collections
