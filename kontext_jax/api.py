@@ -209,7 +209,8 @@ class Parts:
     def latents(self, x: Tokens) -> Float[Array, "1 latent_height latent_width Z"]:
         """The tokens [1, L, C] as latents [1, height/8, width/8, Z]."""
         width_px, height_px = self._prepared.sizes.output
-        return latents.unpack(x, height_px // latents.VAE_FACTOR, width_px // latents.VAE_FACTOR)
+        cell_px = self._stages.preset.vae.downsampling
+        return latents.unpack(x, height_px // cell_px, width_px // cell_px)
 
     def decode(self, x: Tokens) -> Image.Image:
         """The picture of tokens [1, L, C] at time 0.
@@ -401,9 +402,8 @@ class Pipe:
         for column in columns:
             sizes = sorted({x.shape[2:0:-1] for x in column})
             if len(sizes) > 1:
-                found = ", ".join(
-                    "{}×{}".format(*(side * latents.VAE_FACTOR for side in size)) for size in sizes
-                )
+                cell_px = stages.preset.vae.downsampling
+                found = ", ".join("{}×{}".format(*(side * cell_px for side in s)) for s in sizes)
                 raise ValueError(f"examples are {found}; expected one size, give one by size=")
         texts = [stages.encode_text(prompt) for prompt in ("", *prompts)]
         (null_txt, *txt), (null_vec, *vec) = zip(*texts, strict=True)

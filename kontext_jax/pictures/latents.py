@@ -13,9 +13,9 @@ import numpy as np
 
 from kontext_jax.types import AnyArray, Array, Float, Tokens, UInt8, typed
 
-VAE_FACTOR = 8  # pixels per latent cell, each way
 PATCH = 2  # latent cells per token, each way
-PIXELS_PER_TOKEN = VAE_FACTOR * PATCH
+# Pixels per token, each way: PATCH cells of `VAEConfig.downsampling` pixels, 8 in all presets.
+PIXELS_PER_TOKEN = 16
 
 # (width, height) in pixels, about one megapixel each: the sizes Kontext was trained on.
 PREFERRED_SIZES: tuple[tuple[int, int], ...] = (

@@ -254,11 +254,12 @@ class Pipeline:
         width_px, height_px = first.sizes.output
         in_float32 = first.numerics.euler_dtype == "float32"
         seeds = [_seed(row.prepared, row.image_index, turn) for row in rows]
+        cell_px = self.preset.vae.downsampling
         noise = [
             initial_noise(
                 [seed],
-                height_px // latents.VAE_FACTOR,
-                width_px // latents.VAE_FACTOR,
+                height_px // cell_px,
+                width_px // cell_px,
                 self.preset.vae.z_channels,
                 jnp.float32 if in_float32 else self.stages.compute_dtype,
             )

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from kontext_jax.models.presets import PRESETS, MMDiTConfig
+from kontext_jax.pictures import latents
 
 
 def test_published_transformers_are_the_same_but_for_guidance():
@@ -34,6 +35,7 @@ def test_networks_of_a_preset_fit_together():
         assert preset.mmdit.context_in_dim == preset.t5.d_model
         assert preset.mmdit.vec_in_dim == preset.clip.hidden_size
         assert preset.clip.max_position_embeddings == 77
+        assert preset.vae.downsampling * latents.PATCH == latents.PIXELS_PER_TOKEN
 
 
 def test_widths_that_do_not_fit_the_heads_are_refused():

@@ -97,7 +97,7 @@ def edit(
     """
     batch = len(noise)
     sizes = plan_like_diffusers(None if picture is None else picture.shape[1::-1], call)
-    expected_noise = tuple(side // latents.VAE_FACTOR for side in sizes.output[::-1])
+    expected_noise = tuple(side // 8 for side in sizes.output[::-1])
     assert noise.shape[2:] == expected_noise, f"sizes: ours {sizes.output}, noise {noise.shape}"
     if features is None:
         features = encode_texts(pipeline, call["prompt"])
