@@ -14,13 +14,10 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
-from jax import lax
 
 from kontext_jax.types import Params
 
 BlockForm = Literal["scan", "list"]
-Read = Callable[..., jax.Array]
-"""`read(carry, *inputs) -> array`, of what a block returns as carry and of its further inputs."""
 
 
 def make_stack(
@@ -54,25 +51,6 @@ def make_stack(
         check_constancy_invariants=False,
     )
     return scanned(*arguments)
-
-
-def tapped(block: type[nn.Module], read: Read) -> type[nn.Module]:
-    """The block with a second carry [K, B, L, D]: what is read after some of the blocks.
-
-    It is called `((carry, kept), slot [1], *inputs)`, and puts the first L tokens of
-    `read(carry, *inputs)` in the given slot; blocks that nobody asked about share one. So only what
-    was asked for is in memory, where outputs of a scan would hold every block's, and once more for
-    their gradients. A rematerialised block goes in as such: nothing of `kept` is saved for it.
-    """
-
-    class Tapped(block):  # type: ignore[valid-type, misc]  # made from an argument
-        def __call__(self, carry, slot, *inputs):
-            carry, kept = carry
-            carry, _ = super().__call__(carry, *inputs)
-            seen = read(carry, *inputs)[:, : kept.shape[2]].astype(kept.dtype)
-            return (carry, lax.dynamic_update_index_in_dim(kept, seen, slot[0], 0)), None
-
-    return Tapped
 
 
 class _BlockList(nn.Module):

@@ -17,12 +17,11 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from kontext_jax.batches import Conditioning
-from kontext_jax.models.block_stack import BlockForm, make_stack, tapped, unstack
+from kontext_jax.models.block_stack import BlockForm, make_stack, unstack
 from kontext_jax.models.layers import (
     Dense,
     MLPEmbedder,
@@ -222,14 +221,6 @@ class SingleBlock(_Projections):
         return _stream(x + gated(mod[:, 2], out)), None
 
 
-def _img_of_both(carry, *_):
-    return carry[0]
-
-
-def _img_of_stream(stream, _, pe, layout):
-    return layout.separate(stream, axis=1)[1]
-
-
 class MMDiT(nn.Module):
     """The transformer of FLUX.1 (BFL `Flux`).
 
@@ -242,8 +233,6 @@ class MMDiT(nn.Module):
       zero_init: start training with every block the identity and the velocity zero, as DiT does;
         False draws modulation and output as well, so that an untrained network answers its inputs.
       block_form: "scan" for stacked parameters, "list" for those of `unstacked`.
-      taps: blocks after which `hidden_states` reads, ascending, counted from 0 over the double ones
-        and on over the single ones. With any, only that can be called, on the same parameters.
     """
 
     config: MMDiTConfig
@@ -252,7 +241,6 @@ class MMDiT(nn.Module):
     remat: Remat = "none"
     zero_init: bool = True
     block_form: BlockForm = "scan"
-    taps: tuple[int, ...] = ()
 
     def setup(self):
         config, dtype = self.config, self.dtype
@@ -266,26 +254,28 @@ class MMDiT(nn.Module):
         self.final_mod = Modulation(None, 2, dtype, self.zero_init)
         backend = self.attention_backend
         double, single = (config, dtype, backend), (config, True, dtype, backend)
-        self.double_blocks = self._stack(DoubleBlock, double, config.depth, 2, _img_of_both)
-        self.single_blocks = self._stack(
-            SingleBlock, single, config.depth_single_blocks, 1, _img_of_stream
-        )
+        self.double_blocks = self._stack(DoubleBlock, double, config.depth, 2)
+        self.single_blocks = self._stack(SingleBlock, single, config.depth_single_blocks, 1)
         self.final_layer = Dense(
             (config.out_channels,),
             dtype=dtype,
             kernel_init=nn.initializers.zeros if self.zero_init else None,
         )
 
-    def _stack(self, block, arguments, length: int, num_layered: int, read_img):
+    def _stack(
+        self, block: type[nn.Module], arguments: tuple[Any, ...], length: int, num_layered: int
+    ) -> nn.Module:
+        block = self._rematerialised(block)
+        return make_stack(self.block_form, block, arguments, length, num_layered, num_shared=2)
+
+    def _rematerialised(self, block: type[nn.Module]) -> type[nn.Module]:
         if self.remat not in REMAT_POLICIES:
             raise ValueError(
                 f"unknown remat policy {self.remat!r}; choose one of {tuple(REMAT_POLICIES)}"
             )
-        if self.remat != "none":
-            block = nn.remat(block, prevent_cse=False, policy=_remat_policy(self.remat))
-        if self.taps:
-            block, num_layered = tapped(block, read_img), num_layered + 1
-        return make_stack(self.block_form, block, arguments, length, num_layered, num_shared=2)
+        if self.remat == "none":
+            return block
+        return nn.remat(block, prevent_cse=False, policy=_remat_policy(self.remat))
 
     def __call__(
         self,
@@ -365,42 +355,6 @@ class MMDiT(nn.Module):
         final = modulation.final
         velocity = self.final_layer(modulated_norm(img, final[:, 0], final[:, 1]))
         return velocity[:, :num_img]
-
-    def hidden_states(
-        self,
-        img: Float[Array, "B L inputs"],
-        txt: Float[Array, "B T features"],
-        pe: Float[Array, "... S half"],
-        modulation: ModulationVectors,
-        num_target: int,
-    ) -> Float[Array, "taps B num_target D"]:
-        """The first `num_target` image tokens as the blocks of `taps` leave them: [K, B, L, D].
-
-        Other arguments as in `denoise`. The single blocks do not run where no tap is among them.
-
-        Raises:
-          ValueError: `denoise` would raise it, or a tap is no block of this model.
-        """
-        depth, num_single = self.config.depth, self.config.depth_single_blocks
-        taps = self.taps
-        if list(taps) != sorted(set(taps)) or not 0 <= taps[0] <= taps[-1] < depth + num_single:
-            raise ValueError(
-                f"taps are {taps}; expected ascending numbers of blocks from 0 to "
-                f"{depth + num_single - 1}"
-            )
-        slots = np.full((1, depth + num_single), len(taps), np.int32)
-        slots[0, list(taps)] = np.arange(len(taps))
-        carry, pe, layout = self._enter(img, txt, pe)
-        kept = jnp.zeros((len(taps) + 1, len(img), num_target, self.config.hidden_size), self.dtype)
-        kept = constrain(kept, None, "batch", "stream", "width")
-        double = modulation.double_img, modulation.double_txt
-        carry = carry, kept
-        ((img, txt), kept), _ = self.double_blocks(carry, slots[:, :depth], *double, pe, layout)
-        if taps[-1] >= depth:
-            carry = layout.join(txt, img, axis=1), kept
-            carry, _ = self.single_blocks(carry, slots[:, depth:], modulation.single, pe, layout)
-            _, kept = carry
-        return kept[: len(taps)]
 
     def _enter(self, img: jax.Array, txt: jax.Array, pe: jax.Array):
         """What the blocks take: ((img, txt), rotations, layout)."""

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kontext_jax.batches import Conditioning
+from kontext_jax.models.judges.tapped import TappedMMDiT
 from kontext_jax.models.layers import NORM_EPS
 from kontext_jax.models.mmdit import MMDiT
 from kontext_jax.types import Params
@@ -38,7 +39,14 @@ def make_feature_fn(
       model: its `remat` says what is kept for the gradient by x_t.
     """
     model, params = _up_to(model, params, blocks[-1])
-    model = model.clone(taps=tuple(blocks))
+    model = TappedMMDiT(
+        model.config,
+        model.dtype,
+        model.attention_backend,
+        model.remat,
+        block_form=model.block_form,
+        taps=tuple(blocks),
+    )
 
     def feature_fn(x_t, t):
         variables = {"params": params}

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import print_saved_residuals
 from kontext_jax.batches import Conditioning
 from kontext_jax.models.judges.feature_heads import FeatureHeads, FeatureHeadsConfig
 from kontext_jax.models.judges.features import evenly_spaced, make_feature_fn
+from kontext_jax.models.judges.tapped import TappedMMDiT
 from kontext_jax.models.mmdit import MMDiT, init_params, make_velocity_fn, unstacked
 from kontext_jax.models.presets import MMDiTConfig
 from kontext_jax.ops.rope import rope_table
@@ -137,7 +138,7 @@ def test_blocks_that_are_none_are_refused(setting):
     params, cond, x, _ = setting
     for blocks in ((1, 5), (2, 1), (-1, 2)):
         with pytest.raises(ValueError, match=r"taps are .*expected ascending numbers .*0 to 4"):
-            MMDiT(CONFIG, taps=blocks).apply(
+            TappedMMDiT(CONFIG, taps=blocks).apply(
                 {"params": params}, x, cond.txt, cond.pe, None, 6, method="hidden_states"
             )
 
