@@ -202,8 +202,7 @@ class CachedBatches:
         rows = range(process_index * share, (process_index + 1) * share)
         self._reader = _Reader(cache, order, rows)
         self._threads, self._prefetch = threads, prefetch
-        self._step = 0
-        self._batches: grain.DatasetIterator | None = None
+        self._step, self._batches = 0, None
         self.counts: dict[str, int] = {}
         self.ids: tuple[str, ...] = ()
 
@@ -211,8 +210,9 @@ class CachedBatches:
         return self
 
     def __next__(self) -> EncodedBatch:
-        batches = self._batches = self._batches or self._start()
-        self.ids, epoch, batch = next(batches)
+        if self._batches is None:
+            self._batches = self._start()
+        self.ids, epoch, batch = next(self._batches)
         self._step += 1
         self.counts["epochs"] = max(epoch + 1, self.counts.get("epochs", 0))
         return batch
