@@ -17,10 +17,12 @@ from absl import flags
 from kontext_jax.batches import ImageBatch
 from kontext_jax.data.config import DataConfig
 from kontext_jax.data.dataset import Dataset, is_bad, open_dataset
-from kontext_jax.data.order import MANY_STEPS, Order, PlannedBatch, resumed_step, sample_places
+from kontext_jax.data.order import Order, PlannedBatch, resumed_step, sample_places
 from kontext_jax.data.sources.examples import BadSample, Example
 from kontext_jax.data.transforms import fit_pictures, names_a_side
 from kontext_jax.pictures.files import quiet_pillow
+
+_MANY = 1 << 40  # steps; more than any run takes
 
 
 def make_loader(
@@ -96,7 +98,7 @@ class _Reader:
         quiet_pillow()  # in a worker
 
     def __len__(self) -> int:
-        return MANY_STEPS * len(self.rows)
+        return _MANY * len(self.rows)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         step, place = divmod(number, len(self.rows))

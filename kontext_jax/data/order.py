@@ -20,7 +20,6 @@ import numpy as np
 
 from kontext_jax.data.buckets import Kind
 
-MANY_STEPS = 1 << 40  # more than any run takes
 _BLOCK = 1 << 16  # steps whose draws are made together
 _CACHES = (
     *("_lock", "_shuffled", "_epoch_batches", "_batches_before", "_block_draws"),

@@ -10,13 +10,13 @@ memory: with grain, whose order and resuming were the same in all tests, a secon
 """
 
 import collections
+import concurrent.futures
 import hashlib
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
 
 from kontext_jax.batches import EncodedBatch
@@ -29,7 +29,7 @@ from kontext_jax.data.encoded.folder import (
     read_null_text,
 )
 from kontext_jax.data.encoded.records import CacheError, SampleEntry, Shard, shard_paths
-from kontext_jax.data.order import MANY_STEPS, Order, PlannedBatch, resumed_step, sample_places
+from kontext_jax.data.order import Order, PlannedBatch, resumed_step, sample_places
 
 _MAX_OPEN_SHARDS = 256  # below the usual limits of open files
 
@@ -147,7 +147,7 @@ class EncodedCache:
 
 
 class CachedBatches:
-    """`Batches` of `EncodedBatch`es from a folder of encoded samples; grain reads them ahead.
+    """`Batches` of `EncodedBatch`es from a folder of encoded samples, read ahead by threads.
 
     Args:
       cache: the open folder.
@@ -155,8 +155,8 @@ class CachedBatches:
       seed: seed of the order, see `order`.
       fraction_with_references, reference_dropout: see `DataConfig`.
       process_index: which of `process_count` equal shares of a global batch to give.
-      threads: number of threads that read; each makes a batch, so more than `prefetch` are idle.
-      prefetch: number of batches to have ready.
+      threads: number of threads that read records.
+      prefetch: batches to have ready.
 
     Attributes:
       ids: sample ids of the batch given last, for whoever wants to look.
@@ -183,7 +183,8 @@ class CachedBatches:
                 f"batch_size {batch_size} is not divisible by the {process_count} processes that "
                 "share it"
             )
-        order = Order(
+        self._cache = cache
+        self._order = Order(
             cache.kind_of,
             cache.kinds,
             batch_size=batch_size,
@@ -199,10 +200,11 @@ class CachedBatches:
             "examples": cache.identity,
         }
         share = batch_size // process_count
-        rows = range(process_index * share, (process_index + 1) * share)
-        self._reader = _Reader(cache, order, rows)
-        self._threads, self._prefetch = threads, prefetch
-        self._step, self._batches = 0, None
+        self._rows = range(process_index * share, (process_index + 1) * share)
+        self._step, self._prefetch = 0, prefetch
+        self._readers = concurrent.futures.ThreadPoolExecutor(threads, "cache-record")
+        self._makers = concurrent.futures.ThreadPoolExecutor(1, "cache-batch")
+        self._ready: collections.deque[concurrent.futures.Future] = collections.deque()
         self.counts: dict[str, int] = {}
         self.ids: tuple[str, ...] = ()
 
@@ -210,9 +212,10 @@ class CachedBatches:
         return self
 
     def __next__(self) -> EncodedBatch:
-        if self._batches is None:
-            self._batches = self._start()
-        self.ids, epoch, batch = next(self._batches)
+        while len(self._ready) <= self._prefetch:
+            step = self._step + len(self._ready)
+            self._ready.append(self._makers.submit(self._make, step))
+        self.ids, epoch, batch = self._ready.popleft().result()
         self._step += 1
         self.counts["epochs"] = max(epoch + 1, self.counts.get("epochs", 0))
         return batch
@@ -222,40 +225,23 @@ class CachedBatches:
 
     def restore(self, state: dict[str, Any]) -> None:
         step = resumed_step(state, self._facts, "these encoded samples")
-        self.close()
+        for future in self._ready:
+            future.cancel()
+        self._ready.clear()
         self._step = step
 
     def close(self) -> None:
-        if self._batches is not None:
-            self._batches.close()
-            self._batches = None
+        self._makers.shutdown(cancel_futures=True)
+        self._readers.shutdown(cancel_futures=True)
 
-    def _start(self) -> grain.DatasetIterator:
-        """Batches from this step on, in order, whichever thread reads them."""
-        threads = grain.ReadOptions(
-            num_threads=min(self._threads, self._prefetch), prefetch_buffer_size=self._prefetch
-        )
-        batches = grain.MapDataset.source(self._reader)[self._step :]
-        return iter(batches.to_iter_dataset(threads))
-
-
-class _Reader:
-    """This process's part of all batches, by step: what grain calls a data source."""
-
-    def __init__(self, cache: EncodedCache, order: Order, rows: range):
-        self._cache, self._order, self._rows = cache, order, rows
-
-    def __len__(self) -> int:
-        return MANY_STEPS
-
-    def __getitem__(self, step: int) -> tuple[tuple[str, ...], int, EncodedBatch]:
-        """Sample ids, epoch and the batch of a step."""
+    def _make(self, step: int) -> tuple[tuple[str, ...], int, EncodedBatch]:
         planned = self._order.batch(step)
         samples = planned.examples[self._rows.start : self._rows.stop]
-        batch = _stack([self._read(planned, row) for row in self._rows])
-        return tuple(self._cache.ids[sample] for sample in samples), planned.epoch, batch
+        rows = list(self._readers.map(lambda row: self._read(planned, row), self._rows))
+        ids = tuple(self._cache.ids[sample] for sample in samples)
+        return ids, planned.epoch, _stack(rows)
 
-    def _read(self, planned: PlannedBatch, row: int) -> tuple:
+    def _read(self, planned: PlannedBatch, row: int):
         sample = int(planned.examples[row])
         place, _, _ = sample_places(self._order.seed, planned.step, row)
         variant = int(place * self._cache.num_variants(sample))
