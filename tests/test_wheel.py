@@ -76,9 +76,9 @@ def test_commands_run_outside_the_checkout(installed, tmp_path):
     assert VERSION in run([kontext, "--version"], tmp_path)
     run([kontext, "edit", "--steps", "2", "-o", "edited.png"], tmp_path)
     assert (tmp_path / "edited.png").stat().st_size > 1000
-    short = ["--config.num_steps=10", "--config.eval.every_steps=0"]
+    short = ["--config.num_steps=12", "--config.eval.every_steps=0"]
     run([kontext, "train", "--config", "tiny", *short], tmp_path)
-    assert (tmp_path / "runs/tiny/checkpoints/10/manifest.json").exists()
+    assert (tmp_path / "runs/tiny/checkpoints/12/manifest.json").exists()
     assert "to-torch" in run([kontext, "convert", "--help"], tmp_path)
 
 
