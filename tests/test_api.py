@@ -47,9 +47,9 @@ def difference(a: Image.Image, b: Image.Image) -> int:
 
 def test_importing_takes_no_time_and_no_jax():
     program = (
-        "import sys, time; start = time.perf_counter()\n"
+        "import sys, time; start = time.process_time()\n"
         + "\n".join(LIGHT)
-        + "\nprint(time.perf_counter() - start, 'jax' in sys.modules, 'numpy' in sys.modules)"
+        + "\nprint(time.process_time() - start, 'jax' in sys.modules, 'numpy' in sys.modules)"
     )
     times = []
     for _ in range(3):  # the machine may be busy
@@ -59,7 +59,7 @@ def test_importing_takes_no_time_and_no_jax():
         seconds, *loaded = run.stdout.split()
         assert loaded == ["False", "False"]
         times.append(float(seconds))
-    assert min(times) < 0.2  # 0.02 where nothing else runs; the promise is 0.1
+    assert min(times) < 0.1  # seconds of CPU time: other tests run beside this one
 
 
 def test_the_face_has_what_it_lists():
