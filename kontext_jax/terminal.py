@@ -91,20 +91,30 @@ class _HelpAll(argparse.Action):
         parser.exit()
 
 
-def exit_status(run: Callable[[], int]) -> int:
+def exit_status(
+    run: Callable[[], int],
+    *,
+    failed: tuple[type[Exception], ...] = (FloatingPointError,),
+    bad_input: tuple[type[Exception], ...] = (ValueError, OSError),
+    interrupted: str = "interrupted",
+) -> int:
     """What `run` returns, or the code of its error, told in one line.
 
     The codes of all commands: 0 done, 1 computing failed, 2 bad input, 130 interrupted.
+
+    Args:
+      failed: errors of computing; they come before `bad_input`, whose subclasses they may be.
+      interrupted: line to tell after Ctrl-C.
     """
     try:
         return run()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130
-    except FloatingPointError as error:
+    except failed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except (ValueError, OSError) as error:
+    except bad_input as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -156,7 +166,7 @@ def find_config(path: str) -> Path:
 
 
 def load_config(path: str):
-    """The ConfigDict that `get_config()` of a config file returns.
+    """What `get_config()` of a config file returns: a TrainConfig or a ConfigDict.
 
     Args:
       path: a file, or the name of a config that ships, such as "tiny".

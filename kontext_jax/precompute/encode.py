@@ -27,9 +27,9 @@ from kontext_jax.data.check import add_options, parse_arguments
 from kontext_jax.data.config import DataConfig
 from kontext_jax.data.dataset import open_dataset
 from kontext_jax.data.encoded import folder as encoded_folder
-from kontext_jax.data.encoded.records import ShardWriter, UnwritableError, facts_hash, lock_part
+from kontext_jax.data.encoded.records import ShardWriter, facts_hash, lock_part
 from kontext_jax.data.filters import FilterError
-from kontext_jax.precompute.encoding import Encoding, Networks, check_room
+from kontext_jax.precompute.encoding import FAILED, STOPPED, Encoding, Networks, check_room
 from kontext_jax.precompute.jobs import (
     Cutting,
     ImageProgress,
@@ -37,7 +37,7 @@ from kontext_jax.precompute.jobs import (
     list_jobs,
     read_stored,
 )
-from kontext_jax.terminal import Parser, size_text
+from kontext_jax.terminal import Parser, exit_status, size_text
 from kontext_jax.types import DTYPES
 from kontext_jax.weights.bundle import ModelBundle
 from kontext_jax.weights.encoders import encoder_facts
@@ -88,18 +88,17 @@ def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
     """Encodes what is missing in DIR; returns the status: 1 failed, 2 bad input."""
     args = parse_arguments(make_parser(prog), arguments)
-    try:
+
+    def run() -> int:
         encode(args)
-    except (UnwritableError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError, FilterError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on after the last whole file", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+
+    return exit_status(
+        run,
+        failed=FAILED,
+        bad_input=(ValueError, OSError, FilterError),
+        interrupted=STOPPED,
+    )
 
 
 def encode(args: argparse.Namespace) -> None:

@@ -29,6 +29,9 @@ from kontext_jax.terminal import Tell, size_text
 from kontext_jax.weights.bundle import ModelBundle
 from kontext_jax.weights.encoders import load_encoder_params
 
+# How the commands that write encoded examples end, see `terminal.exit_status`.
+FAILED = (UnwritableError, FloatingPointError)
+STOPPED = "stopped; the same command goes on after the last whole file"
 _TOLD = 5  # bad samples of each reason
 
 

@@ -25,12 +25,12 @@ import numpy as np
 from kontext_jax.data.check import parse_arguments
 from kontext_jax.data.encoded import folder as encoded_folder
 from kontext_jax.data.encoded.batches import EncodedCache
-from kontext_jax.data.encoded.records import ShardWriter, UnwritableError, facts_hash, lock_part
+from kontext_jax.data.encoded.records import ShardWriter, facts_hash, lock_part
 from kontext_jax.data.index import hash_id
 from kontext_jax.models.conditioning import ENCODER_KINDS
 from kontext_jax.numerics import DIFFUSERS
 from kontext_jax.pictures.latents import PIXELS_PER_TOKEN
-from kontext_jax.precompute.encoding import Networks, check_room
+from kontext_jax.precompute.encoding import FAILED, STOPPED, Networks, check_room
 from kontext_jax.precompute.jobs import ImageProgress, read_stored
 from kontext_jax.precompute.synthesis import (
     CachedGivens,
@@ -42,7 +42,7 @@ from kontext_jax.precompute.synthesis import (
 )
 from kontext_jax.runtime.placement import parse_mesh, sampling_mesh
 from kontext_jax.sampling.stages import Stages
-from kontext_jax.terminal import Parser, size_text
+from kontext_jax.terminal import Parser, exit_status, size_text
 from kontext_jax.types import DTYPES
 from kontext_jax.weights.bundle import ModelBundle
 from kontext_jax.weights.encoders import encoder_facts
@@ -90,19 +90,13 @@ def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
     """Makes what is missing in DIR; returns the status: 1 failed, 2 bad input."""
     args = parse_arguments(make_parser(prog), arguments)
-    try:
+
+    def run() -> int:
         _check(args)
         synthesize(args)
-    except (UnwritableError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on after the last whole file", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+
+    return exit_status(run, failed=FAILED, interrupted=STOPPED)
 
 
 def _check(args: argparse.Namespace) -> None:
