@@ -1,11 +1,9 @@
 """The face: `import kontext_jax as kj`."""
 
-import contextlib
 import doctest
 import inspect
 import io
 import os
-import re
 import subprocess
 import sys
 import typing
@@ -324,21 +322,6 @@ def test_examples_in_docstrings_run():
     results = doctest.testmod(api, optionflags=options)
     assert results.attempted > 10
     assert results.failed == 0
-
-
-def python_blocks(page: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
-
-
-@pytest.mark.parametrize("page", ["docs/python.md", "README.md"])
-def test_the_pages_python_runs(page, tmp_path):
-    blocks, namespace = python_blocks(ROOT / page), {}
-    assert blocks, page
-    with contextlib.chdir(tmp_path):
-        for block in blocks:
-            exec(compile(block, page, "exec"), namespace)
-    written = re.findall(r'save\("([^"]+)"\)', "".join(blocks))
-    assert all((tmp_path / path).is_file() for path in written)
 
 
 def test_the_faces_functions_are_annotated():

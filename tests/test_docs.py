@@ -1,19 +1,27 @@
-"""The Python of the docs' worked pages runs, page by page, from top to bottom."""
+"""The Python of README.md and of the docs' pages runs, page by page, from top to bottom."""
 
+import contextlib
 import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs" / "extend").glob("*.md"))
+WORKED = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs/extend").glob("*.md"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_blocks_of_a_worked_page_run(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
-    assert blocks
-    names = {"__name__": f"docs.{page.stem}"}
-    for block in blocks:
-        exec(compile(block, str(page), "exec"), names)
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md", *WORKED])
+def test_the_pages_python_runs(page, tmp_path):
+    text = (ROOT / page).read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert blocks, page
+    namespace = {"__name__": Path(page).stem}
+    with contextlib.chdir(tmp_path):
+        for block in blocks:
+            exec(compile(block, page, "exec"), namespace)
+    written = re.findall(r'save\("([^"]+)"\)', "".join(blocks))
+    assert all((tmp_path / path).is_file() for path in written)
+
+
+def test_there_are_worked_pages():
+    assert len(WORKED) >= 4
