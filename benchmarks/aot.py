@@ -61,7 +61,7 @@ def denoiser(topology: str, references: int, cache: measure.Cache, **options: An
     found = measure_sampling(request, find_target(topology), cache, ("prepare", "run"))
     for _, report in found:
         if report.estimate is None:
-            raise SystemExit(f"error: {report.program.title}: {report.compiled.error}")
+            raise SystemExit(f"error: {report.planned.title}: {report.compiled.error}")
     return [report for _, report in found]
 
 
@@ -101,7 +101,7 @@ def training(
 def gpu_memory(cache: measure.Cache) -> Found:
     """What the denoiser holds beside all weights, inputs and results included, in GiB."""
     _, run = denoiser("h100", 1, cache)
-    weights = sum(run.program.held[name] for name in sampling.NETWORK_NAMES.values())
+    weights = sum(run.planned.held[name] for name in sampling.NETWORK_NAMES.values())
     beside = run.peak_bytes - weights
     return Found(beside / GIB, f"{size_text(beside)} beside {size_text(weights)}", run.to_json())
 

@@ -43,7 +43,7 @@ SLICES = {"v5p:2x2x4": 16, "v5p:4x4x4": 64, "v5p:4x8x8": 256, "v5p:8x8x16": 1024
 def point(label: str, report: Report, runs: int) -> dict[str, Any]:
     """What a curve shows of a program that does its work `runs` times."""
     if report.estimate is None:
-        raise SystemExit(f"error: {report.program.title}: {report.compiled.error}")
+        raise SystemExit(f"error: {report.planned.title}: {report.compiled.error}")
     limit = report.limit_s / runs
     return {
         "label": label,
@@ -62,7 +62,7 @@ def point(label: str, report: Report, runs: int) -> dict[str, Any]:
         ],
         "peak_bytes": report.peak_bytes,
         "temporary_bytes": report.compiled.temporary_bytes,
-        "chips": report.program.mesh.size,
+        "chips": report.planned.mesh.size,
         "images_per_s": report.images_per_s,
     }
 
